@@ -1,0 +1,67 @@
+"""Numbers and tensors: formats, granularity, the affine equation, packing and error metrics. Knows no model."""
+
+from narrowcast.core.affine import (
+    block_range,
+    choose_scale,
+    dequantize,
+    dequantize_blocks,
+    quantize,
+    quantize_blocks,
+    round_scale,
+    split_int8_scale,
+)
+from narrowcast.core.formats import FORMATS, NumberFormat, number_format
+from narrowcast.core.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    block_shape,
+    expand_to_matrix,
+    from_blocks,
+    parse_granularity,
+    scale_shape,
+    to_blocks,
+)
+from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
+from narrowcast.core.packing import pack, packed_width, unpack
+from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
+from narrowcast.core.tensor import QuantizedTensor
+
+__all__ = [
+    "FORMATS",
+    "SCALE_FORMATS",
+    "Granularity",
+    "NumberFormat",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QuantSpec",
+    "QuantizedTensor",
+    "bits_per_weight",
+    "block_range",
+    "block_shape",
+    "choose_scale",
+    "cosine",
+    "dequantize",
+    "dequantize_blocks",
+    "expand_to_matrix",
+    "from_blocks",
+    "kl_divergence",
+    "number_format",
+    "pack",
+    "packed_width",
+    "parse_granularity",
+    "quantize",
+    "quantize_blocks",
+    "round_scale",
+    "scale_shape",
+    "split_int8_scale",
+    "sqnr_db",
+    "to_blocks",
+    "unpack",
+]
