@@ -82,7 +82,7 @@ class NumberFormat:
             values: [...] float32.
         """
         if self.kind == "exponent":
-            return torch.ldexp(torch.ones((), dtype=torch.float32), codes.to(torch.int32) - 127)
+            return torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes.to(torch.int32) - 127)
         if self.levels is not None:
             return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.long()]
         return codes.to(torch.float32)

@@ -1,0 +1,193 @@
+"""What every quantized module is: a module that knows its weights as records, its settings as JSON, and its kernel.
+
+Saving and loading need nothing else. A module's persistent buffers are exactly what is stored on disk, in the
+layout that is independent of any kernel; what a kernel wants besides is derived by `prepare_` and never stored.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.core import (
+    PerChannel,
+    PerGroup,
+    QuantizedTensor,
+    QuantSpec,
+    pack,
+    packed_width,
+    scale_shape,
+    split_int8_scale,
+    unpack,
+)
+from narrowcast.core.formats import FORMATS
+from narrowcast.errors import FormatError
+
+
+class QuantizedModule(nn.Module):
+    """Base of the modules that narrowcast installs.
+
+    Attributes:
+        kind: the name in the table `MODULES` and in checkpoints.
+        weight_names: the weights that the module holds, each as buffers `<name>_codes`, `<name>_scale`, ...
+    """
+
+    kind: ClassVar[str]
+    weight_names: tuple[str, ...] = ("weight",)
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain JSON values; `from_config` takes it back."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizedModule:
+        """A module of these settings whose buffers are on the meta device, to be filled by loading."""
+
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """The op and instruction set that runs, or the torch function where there is no op."""
+
+    def prepare_(self) -> None:
+        """Derive what the kernel wants besides the stored buffers; called after installing and after loading."""
+
+    def quantized_weights(self) -> dict[str, QuantizedTensor]:
+        """The weights as records, by name; codes unpacked, shapes [out, in * kernel]."""
+        return {name: self.stored(name).to_record(self) for name in self.weight_names}
+
+    def stored(self, name: str) -> StoredWeight:
+        """The description of one stored weight."""
+        description: StoredWeight = self._stored[name]
+        return description
+
+    def add_weight(self, name: str, spec: QuantSpec, shape: tuple[int, int], record: QuantizedTensor | None) -> None:
+        """Register the buffers of one weight, filled from `record`, or empty on the meta device.
+
+        Args:
+            name: prefix of the buffers.
+            spec: format of the weight.
+            shape: (rows, columns) of the weight matrix.
+            record: the weight; None registers empty buffers on the meta device.
+        """
+        if "_stored" not in self.__dict__:
+            self._stored: dict[str, StoredWeight] = {}
+        stored = StoredWeight(name, spec, shape)
+        self._stored[name] = stored
+        tensors = stored.encode(record) if record is not None else stored.empty()
+        for suffix, tensor in tensors.items():
+            self.register_buffer(f"{name}_{suffix}", tensor)
+
+
+class StoredWeight:
+    """How one weight lies in buffers and files: packed codes, scales in their own format, 8-bit zero points.
+
+    Args:
+        name: prefix of the buffers `<name>_codes`, `<name>_scale`, `<name>_outer_scale`, `<name>_zero_point`.
+        spec: format of the weight.
+        shape: (rows, columns) of the weight matrix.
+    """
+
+    def __init__(self, name: str, spec: QuantSpec, shape: tuple[int, int]) -> None:
+        self.name, self.spec, self.shape = name, spec, shape
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Buffer suffix -> (dtype, shape) of what is stored."""
+        rows, columns = self.shape
+        number = self.spec.format
+        if number.bits < 8:
+            parts = {"codes": (torch.uint8, (rows, packed_width(columns, number.bits)))}
+        else:
+            parts = {"codes": (number.storage, self.shape)}
+        if not number.scaled:
+            return parts
+        scales = scale_shape(self.spec.granularity, self.shape)
+        kinds = {"fp32": torch.float32, "fp16": torch.float16, "e8m0": torch.uint8, "int8": torch.uint8}
+        parts["scale"] = (kinds[self.spec.scale_format], scales)
+        if self.spec.scale_format == "int8":
+            parts["outer_scale"] = (torch.bfloat16, (scales[0], 1))
+        if not self.spec.symmetric:
+            parts["zero_point"] = (torch.uint8, scales)
+        return parts
+
+    def empty(self) -> dict[str, Tensor]:
+        """Buffers of the right dtype and shape on the meta device."""
+        return {suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, (dtype, shape) in self.layout().items()}
+
+    def encode(self, record: QuantizedTensor) -> dict[str, Tensor]:
+        """The stored tensors of a record; zero points are stored as `zero_point - format.low`, an unsigned byte."""
+        if record.spec != self.spec or record.shape != self.shape:
+            raise FormatError(
+                f"weight {self.name!r} is {self.spec} of shape {self.shape}, got {record.spec} of shape {record.shape}"
+            )
+        number = self.spec.format
+        parts = {"codes": pack(record.codes, number) if number.bits < 8 else record.codes.contiguous()}
+        if record.scale is not None:
+            parts |= self._encode_scale(record.scale)
+        if record.zero_point is not None:
+            parts["zero_point"] = (record.zero_point - int(number.low)).to(torch.uint8)
+        return parts
+
+    def _encode_scale(self, scale: Tensor) -> dict[str, Tensor]:
+        if self.spec.scale_format == "int8":
+            codes, outer = split_int8_scale(scale)
+            return {"scale": codes, "outer_scale": outer.to(torch.bfloat16)}
+        if self.spec.scale_format == "e8m0":
+            return {"scale": FORMATS["e8m0"].encode(scale)}
+        return {"scale": scale.to(torch.float16 if self.spec.scale_format == "fp16" else torch.float32)}
+
+    def scale(self, owner: nn.Module) -> Tensor | None:
+        """The scales of the buffers of `owner`, float32 [block_rows, block_columns]."""
+        if not self.spec.format.scaled:
+            return None
+        stored: Tensor = getattr(owner, f"{self.name}_scale")
+        if self.spec.scale_format == "e8m0":
+            return FORMATS["e8m0"].decode(stored)
+        if self.spec.scale_format == "int8":
+            outer: Tensor = getattr(owner, f"{self.name}_outer_scale")
+            return outer.to(torch.float32) * stored.to(torch.float32)
+        return stored.to(torch.float32)
+
+    def to_record(self, owner: nn.Module) -> QuantizedTensor:
+        """The record that the buffers of `owner` hold."""
+        number = self.spec.format
+        codes: Tensor = getattr(owner, f"{self.name}_codes")
+        if number.bits < 8:
+            codes = unpack(codes, number, self.shape[1])
+        zero_point = None
+        if not self.spec.symmetric:
+            zero_point = getattr(owner, f"{self.name}_zero_point").to(torch.int32) + int(number.low)
+        return QuantizedTensor(codes, self.scale(owner), zero_point, self.spec)
+
+    def dequantize(self, owner: nn.Module) -> Tensor:
+        """The float32 weight [rows, columns], by the native kernel where there is one for this format."""
+        number, granularity = self.spec.format, self.spec.granularity
+        codes: Tensor = getattr(owner, f"{self.name}_codes")
+        if number.name == "int8" and self.spec.symmetric and isinstance(granularity, PerChannel):
+            scale: Tensor = getattr(owner, f"{self.name}_scale")
+            if scale.dtype == torch.float32:
+                return torch.ops.narrowcast.dequantize_int8(codes, scale.view(-1))  # type: ignore[no-any-return]
+        if self.runs_as_int4():
+            zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
+            return torch.ops.narrowcast.dequantize_int4(  # type: ignore[no-any-return]
+                codes, getattr(owner, f"{self.name}_scale"), zero_point, self.group, self.shape[1]
+            )
+        return self.to_record(owner).dequantize()
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        granularity = self.spec.granularity
+        return min(granularity.size, self.shape[1]) if isinstance(granularity, PerGroup) else self.shape[1]
+
+    def runs_as_int4(self) -> bool:
+        """Whether the int4 kernels read this weight as it is stored: groups of a multiple of 32, float16 scales."""
+        if self.spec.format.name != "int4" or self.spec.scale_format != "fp16":
+            return False
+        granularity = self.spec.granularity
+        if isinstance(granularity, PerGroup):
+            return self.group % 32 == 0 or self.group == self.shape[1]
+        return isinstance(granularity, PerChannel)
