@@ -27,33 +27,41 @@ from narrowcast.core.formats import FORMATS
 from narrowcast.errors import FormatError
 
 
-class QuantizedModule(nn.Module):
-    """Base of the modules that narrowcast installs.
+class InstalledModule(nn.Module):
+    """Base of every module that narrowcast puts in the place of another; saving and loading rebuild it from this.
 
     Attributes:
         kind: the name in the table `MODULES` and in checkpoints.
-        weight_names: the weights that the module holds, each as buffers `<name>_codes`, `<name>_scale`, ...
     """
 
     kind: ClassVar[str]
-    weight_names: tuple[str, ...] = ("weight",)
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Everything but the tensors, as plain JSON values; `from_config` takes it back."""
+        """Everything but the tensors and children, as plain JSON values; `from_config` takes it back."""
 
     @classmethod
     @abstractmethod
-    def from_config(cls, config: dict[str, Any]) -> QuantizedModule:
-        """A module of these settings whose buffers are on the meta device, to be filled by loading."""
+    def from_config(cls, config: dict[str, Any]) -> InstalledModule:
+        """A module of these settings whose tensors are on the meta device, to be filled by loading."""
+
+    def prepare_(self) -> None:
+        """Derive what the kernel wants besides the stored buffers; called after installing and after loading."""
+
+
+class QuantizedModule(InstalledModule):
+    """Base of the installed modules that hold quantized weights.
+
+    Attributes:
+        weight_names: the weights that the module holds, each as buffers `<name>_codes`, `<name>_scale`, ...
+    """
+
+    weight_names: tuple[str, ...] = ("weight",)
 
     @property
     @abstractmethod
     def kernel(self) -> str:
         """The op and instruction set that runs, or the torch function where there is no op."""
-
-    def prepare_(self) -> None:
-        """Derive what the kernel wants besides the stored buffers; called after installing and after loading."""
 
     def quantized_weights(self) -> dict[str, QuantizedTensor]:
         """The weights as records, by name; codes unpacked, shapes [out, in * kernel]."""
