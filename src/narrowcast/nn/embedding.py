@@ -1,0 +1,107 @@
+"""QuantizedEmbedding: a table whose rows are dequantized as they are looked up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.core import PerChannel, PerGroup, QuantizedTensor, QuantSpec
+from narrowcast.kernels import kernel_name
+from narrowcast.nn.base import QuantizedModule
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """An embedding table in a number format.
+
+    Args:
+        spec: format of the table.
+        shape: (num_embeddings, embedding_dim).
+        record: the table; None leaves empty buffers on the meta device, for loading.
+        padding_idx: kept for code that reads it; it has no effect on inference.
+    """
+
+    kind = "Embedding"
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        *,
+        record: QuantizedTensor | None = None,
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
+        self.add_weight("weight", spec, shape, record)
+        self._op = self._choose_op()
+        if record is not None:
+            self.prepare_()
+
+    def _choose_op(self) -> str | None:
+        stored = self.stored("weight")
+        spec = stored.spec
+        if spec.format.name == "int8" and spec.symmetric and isinstance(spec.granularity, PerChannel):
+            return "embedding_int8" if spec.scale_format == "fp32" else None
+        return "embedding_int4" if stored.runs_as_int4() else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizedEmbedding:
+        """See `InstalledModule`."""
+        rows, columns = config["shape"]
+        return cls(QuantSpec.parse(config["spec"]), (rows, columns), padding_idx=config["padding_idx"])
+
+    def config(self) -> dict[str, Any]:
+        """See `InstalledModule`."""
+        shape = [self.num_embeddings, self.embedding_dim]
+        return {"spec": str(self.stored("weight").spec), "shape": shape, "padding_idx": self.padding_idx}
+
+    def prepare_(self) -> None:
+        """A flat view of the scales for the int8 kernel."""
+        if self._op == "embedding_int8":
+            self.register_buffer("kernel_scale", self.weight_scale.view(-1), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float32 table, computed anew at every access; writing to it has no effect."""
+        return self.stored("weight").dequantize(self)
+
+    @property
+    def kernel(self) -> str:
+        """See `QuantizedModule`."""
+        return kernel_name(self._op) if self._op is not None else "torch row lookup, rows dequantized at each call"
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """[...] integer -> [..., embedding_dim] float32."""
+        if self._op == "embedding_int8":
+            return torch.ops.narrowcast.embedding_int8(  # type: ignore[no-any-return]
+                indices, self.weight_codes, self.kernel_scale
+            )
+        if self._op == "embedding_int4":
+            return torch.ops.narrowcast.embedding_int4(  # type: ignore[no-any-return]
+                indices, self.weight_codes, self.weight_scale, getattr(self, "weight_zero_point", None),
+                self.stored("weight").group, self.embedding_dim,
+            )  # fmt: skip
+        return self._looked_up(indices)
+
+    def _looked_up(self, indices: Tensor) -> Tensor:
+        record = self.stored("weight").to_record(self)
+        flat = indices.reshape(-1)
+        if record.scale is None or isinstance(record.spec.granularity, PerChannel | PerGroup):
+            rows = [None if part is None else part[flat] for part in (record.scale, record.zero_point)]
+            looked_up = QuantizedTensor(_rows(record.codes, flat), rows[0], rows[1], record.spec).dequantize()
+        else:
+            looked_up = record.dequantize()[flat]
+        return looked_up.reshape(*indices.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, weight={self.stored('weight').spec}"
+
+
+def _rows(codes: Tensor, flat: Tensor) -> Tensor:
+    if codes.dtype.itemsize == 1 and codes.dtype.is_floating_point:  # torch cannot index float8
+        return codes.view(torch.uint8)[flat].view(codes.dtype)
+    return codes[flat]
