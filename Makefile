@@ -1,0 +1,58 @@
+# setup | native | check | test | bench | demo | clean. Needs Python >= 3.10 (PYTHON=...) and a C++20 compiler; nothing else.
+# A plain `pip install torch` may bring a CUDA build of several GB: the CPU build is taken where the index offers one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+BUILD_TOOLS := scikit-build-core cmake ninja
+SOURCES := $(wildcard csrc/*) CMakeLists.txt
+LIBRARY_STAMP := $(VENV)/.native
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup native check test bench demo clean
+
+# The virtual environment with torch and the build tools; torch first, so that nothing else chooses its version.
+$(VENV)/.tools:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) $(BUILD_TOOLS)
+	touch $@
+
+# The package, editable, with the extras that the tests and the demo need; builds the native library too.
+$(VENV)/.package: $(VENV)/.tools pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -e '.[dev,demo,hf]'
+	touch $@ $(LIBRARY_STAMP)
+
+$(VENV)/.demo: $(VENV)/.tools pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -e '.[demo]'
+	touch $@ $(LIBRARY_STAMP)
+
+# Rebuilds the library inside the tree when a source is newer than the last build.
+$(LIBRARY_STAMP): $(SOURCES) | $(VENV)/.tools
+	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/ninja -C build/native
+	touch $@
+
+setup: $(VENV)/.package
+
+native: $(LIBRARY_STAMP)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup native
+	$(BIN)/python -m pytest -q
+
+bench: setup native
+	$(BIN)/python -m benchmarks
+
+demo: $(VENV)/.demo native
+	$(BIN)/narrowcast demo
+
+clean:
+	rm -rf build dist $(VENV)/.package $(VENV)/.demo $(LIBRARY_STAMP)
+	rm -f src/narrowcast/kernels/*.so src/narrowcast/kernels/*.dll

@@ -1,0 +1,102 @@
+// Bodies of the torch-side helpers declared in binding.h.
+#include "binding.h"
+
+#include <cstdlib>
+
+namespace narrowcast {
+namespace {
+
+struct Buffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+
+const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+}  // namespace
+
+std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) text << (axis ? ", " : "") << tensor.size(axis);
+  text << "]";
+  return text.str();
+}
+
+void check_tensor(const Tensor& tensor, ScalarType type, int64_t dimensions, const char* op, const char* name) {
+  NARROWCAST_CHECK(tensor.is_cpu(), op, name, " must be on the CPU");
+  NARROWCAST_CHECK(tensor.scalar_type() == type, op, name, " must be ", type_name(type), ", got ",
+                   type_name(tensor.scalar_type()));
+  NARROWCAST_CHECK(tensor.dim() == dimensions, op, name, " must have ", dimensions, " dimensions, got shape ",
+                   shape_text(tensor));
+}
+
+FloatType float_type(const Tensor& tensor, const char* op, const char* name) {
+  NARROWCAST_CHECK(tensor.is_cpu(), op, name, " must be on the CPU");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return FloatType::float32;
+    case ScalarType::BFloat16: return FloatType::bfloat16;
+    case ScalarType::Half: return FloatType::float16;
+    default: fail(op, name, " must be float32, bfloat16 or float16, got ", type_name(tensor.scalar_type()));
+  }
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor as_float32(const Tensor& tensor, const char* op, const char* name) {
+  if (float_type(tensor, op, name) == FloatType::float32) return as_contiguous(tensor);
+  Tensor result = empty_tensor(tensor.sizes().data(), tensor.dim(), FloatType::float32);
+  torch::stable::copy_(result, tensor);
+  return result;
+}
+
+Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, ScalarType type) {
+  int64_t strides[16];
+  NARROWCAST_CHECK(dimensions <= 16, "empty_tensor", "more than 16 dimensions");
+  int64_t stride = 1;
+  for (int64_t axis = dimensions - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= sizes[axis] > 0 ? sizes[axis] : 1;
+  }
+  AtenTensorHandle handle;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, FloatType type) {
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  return empty_tensor(sizes, dimensions, types[static_cast<int>(type)]);
+}
+
+void* workspace(Slot slot, int64_t bytes) {
+  thread_local Buffer buffers[3];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    buffer.bytes = 0;
+    const int64_t size = round_up(bytes, 4096);
+    buffer.data = std::aligned_alloc(64, static_cast<size_t>(size));
+    NARROWCAST_CHECK(buffer.data != nullptr, "workspace", "out of memory (", size, " bytes)");
+    buffer.bytes = size;
+  }
+  return buffer.data;
+}
+
+}  // namespace narrowcast

@@ -1,0 +1,73 @@
+// Torch-side helpers of the bindings_*.cpp files: checks, tensors, workspaces and threads. Stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace narrowcast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raises RuntimeError("narrowcast.<op>: <message>") in Python; the message is only built when the check fails.
+#define NARROWCAST_CHECK(condition, op, ...) \
+  if (__builtin_expect(!(condition), 0)) ::narrowcast::fail(op, __VA_ARGS__)
+
+template <class... Parts>
+[[noreturn]] __attribute__((noinline, cold)) void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "narrowcast." << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_text(const Tensor& tensor);
+
+// Checks dtype, number of dimensions and device; `name` is the argument's name in the schema.
+void check_tensor(const Tensor& tensor, ScalarType type, int64_t dimensions, const char* op, const char* name);
+
+// The element type of an activation tensor; raises for anything but float32, bfloat16 and float16, or off the CPU.
+FloatType float_type(const Tensor& tensor, const char* op, const char* name);
+
+// The tensor itself when contiguous, else a contiguous copy.
+Tensor as_contiguous(const Tensor& tensor);
+
+// A contiguous float32 copy of any float tensor, or the tensor itself when it is one already.
+Tensor as_float32(const Tensor& tensor, const char* op, const char* name);
+
+// A new uninitialised contiguous CPU tensor.
+Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, FloatType type);
+Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, ScalarType type);
+
+// A 64-byte aligned buffer that belongs to the calling thread and lives until the next call with the same slot.
+enum class Slot : int { codes = 0, panel = 1, extra = 2 };
+void* workspace(Slot slot, int64_t bytes);
+
+// Runs task(index) for 0 <= index < count on torch's threads. Chunks are taken from a shared counter, so that a
+// thread that the system holds up does not hold up the call. Results must not depend on who runs which index.
+template <class Task>
+void for_each_task(int64_t count, bool parallel, const Task& task) {
+  const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+  if (threads <= 1 || count <= 1) {
+    for (int64_t index = 0; index < count; ++index) task(index);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t, int64_t) {
+    for (int64_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) task(index);
+  });
+}
+
+inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
+
+}  // namespace narrowcast

@@ -1,0 +1,9 @@
+#include "dequantize.h"
+
+#include "dequantize_body.inc"
+
+namespace narrowcast {
+
+const DequantizeKernels dequantize_scalar = {int8_row};
+
+}  // namespace narrowcast

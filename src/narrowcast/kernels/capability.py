@@ -1,0 +1,142 @@
+"""Finds and loads the native library, and says which instruction set runs and why not a better one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from narrowcast.errors import KernelError
+from narrowcast.kernels.op import TIERS
+
+ISA_VARIABLE = "NARROWCAST_ISA"
+"""Environment variable that forces a tier: scalar, avx2 or avx512vnni."""
+
+LIBRARY_NAMES = ("libnarrowcast_kernels.so", "narrowcast_kernels.dll")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What the kernels run on.
+
+    Args:
+        isa:       tier in use; "reference" without the native library.
+        available: every tier by name with the reason why it cannot run here, "" when it can.
+        forced:    the tier that NARROWCAST_ISA asked for, or None.
+        library:   path of the native library, or None.
+        threads:   torch's number of threads at the time of the call.
+    """
+
+    isa: str
+    available: dict[str, str]
+    forced: str | None
+    library: str | None
+    threads: int
+
+    def __str__(self) -> str:
+        lines = [f"kernels: {self.isa}" + (f" (forced by {ISA_VARIABLE})" if self.forced else "")]
+        lines += [f"  {tier}: {reason or 'available'}" for tier, reason in self.available.items()]
+        lines += [f"  library: {self.library or 'none'}", f"  threads: {self.threads}"]
+        return "\n".join(lines)
+
+
+class _Native:
+    """The loaded library's C functions; `reason` says why there is none."""
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self.reason = "the native library has not been loaded"
+        self.functions: ctypes.CDLL | None = None
+
+
+_native = _Native()
+
+
+def _find_library() -> Path | None:
+    folder = Path(__file__).parent
+    return next((folder / name for name in LIBRARY_NAMES if (folder / name).is_file()), None)
+
+
+def load_library() -> str:
+    """Load the native library and obey NARROWCAST_ISA.
+
+    Returns:
+        "" on success, else the reason why there is no native library.
+
+    Raises:
+        KernelError: NARROWCAST_ISA names a tier that does not exist or that this machine lacks.
+    """
+    path = _find_library()
+    if path is None:
+        _native.reason = "the native library was not built (no C++ compiler at install time?)"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            _native.functions = _declare(ctypes.CDLL(str(path)))
+            _native.path, _native.reason = str(path), ""
+        except OSError as error:
+            _native.reason = f"the native library does not load: {error}"
+    forced = os.environ.get(ISA_VARIABLE)
+    if forced:
+        set_isa(forced)
+    return _native.reason
+
+
+def _declare(functions: ctypes.CDLL) -> ctypes.CDLL:
+    functions.narrowcast_isa.restype = ctypes.c_char_p
+    functions.narrowcast_isa_missing.restype = ctypes.c_char_p
+    functions.narrowcast_isa_missing.argtypes = [ctypes.c_char_p]
+    functions.narrowcast_set_isa.argtypes = [ctypes.c_char_p]
+    return functions
+
+
+def missing_library() -> str:
+    """Why there is no native library; "" when it is loaded."""
+    return _native.reason
+
+
+def _missing(tier: str) -> str:
+    if _native.functions is None:
+        return _native.reason
+    return str(_native.functions.narrowcast_isa_missing(tier.encode()).decode())
+
+
+def set_isa(tier: str) -> None:
+    """Switch the instruction-set tier of the whole process; meant for tests and for NARROWCAST_ISA.
+
+    Args:
+        tier: scalar, avx2 or avx512vnni.
+
+    Raises:
+        KernelError: the tier does not exist, this machine lacks it, or there is no native library.
+    """
+    if tier not in TIERS:
+        raise KernelError(
+            f"no instruction-set tier {tier!r} ({ISA_VARIABLE} or set_isa); choose from {', '.join(TIERS)}"
+        )
+    reason = _missing(tier)
+    if reason:
+        raise KernelError(
+            f"instruction-set tier {tier!r} cannot run here: {reason}; unset {ISA_VARIABLE} or choose another"
+        )
+    assert _native.functions is not None
+    _native.functions.narrowcast_set_isa(tier.encode())
+
+
+def capability() -> Capability:
+    """Which instruction set the kernels use on this machine, and why not a better one.
+
+    Returns:
+        A record whose str() is a short readable text.
+    """
+    functions = _native.functions
+    return Capability(
+        isa="reference" if functions is None else functions.narrowcast_isa().decode(),
+        available={tier: _missing(tier) for tier in TIERS},
+        forced=os.environ.get(ISA_VARIABLE) or None,
+        library=_native.path,
+        threads=torch.get_num_threads(),
+    )

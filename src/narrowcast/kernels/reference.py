@@ -1,0 +1,227 @@
+"""Pure torch bodies of the linear and dequantize ops: they define what the native kernels must compute, bit for bit.
+
+Integers are multiplied in float64, which is exact below 2**53 and much faster in torch than int64. Every float step
+is one float32 operation in a fixed order (no fused multiply-add), so that all tiers round alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from narrowcast.kernels.op import Op
+
+ACTIVATION_GROUP = 32
+"""Activations of the int4 ops have one scale per token and 32 input channels."""
+
+SMALLEST_RANGE = 2.0**-100
+"""A row (or group) whose largest magnitude is below this counts as all zero: 127 / range would overflow."""
+
+
+def check_finite(op: str, rows: Tensor) -> None:
+    """Raise if a row of `rows` [M, K] has a NaN or an infinity; the message names the first such row."""
+    bad = ~torch.isfinite(rows).all(dim=1)
+    if bool(bad.any()):
+        raise RuntimeError(f"narrowcast.{op}: Non-finite value in row {int(bad.nonzero()[0])} of x")
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of each row.
+
+    Args:
+        rows: [M, K] float32, finite.
+
+    Returns:
+        codes: [M, K] float32 holding integers in -127..127.
+        scale: [M] float32, absmax / 127; 1.0 where the row counts as zero.
+    """
+    if rows.shape[1] == 0:
+        return rows, torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)
+    absmax = rows.abs().amax(dim=1)
+    zero = absmax < SMALLEST_RANGE
+    inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, absmax))
+    scale = torch.where(zero, 1.0, absmax / 127.0)
+    return torch.round(rows * inverse[:, None]).clamp(-127, 127), scale
+
+
+def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
+    """Exact codes [M, K] times weight [N, K] transposed, as int32 [M, N]."""
+    return torch.matmul(codes.double(), weight.double().t()).to(torch.int32)
+
+
+def _finish(rows: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the bias in float32, round to x's dtype and give the result x's leading dimensions."""
+    if bias is not None:
+        rows = rows + bias.float()
+    return rows.to(x.dtype).reshape(*x.shape[:-1], rows.shape[1])
+
+
+def _rows(op: str, x: Tensor) -> Tensor:
+    """X as finite float32 rows [M, K]."""
+    rows = x.float().reshape(x[..., 0].numel() if x.shape[-1] else x.shape[:-1].numel(), x.shape[-1])
+    check_finite(op, rows)
+    return rows
+
+
+def linear_int8_dynamic(x: Tensor, weight: Tensor, scale: Tensor, weight_sum: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear layer with int8 weights and activations quantized to symmetric int8 per token.
+
+    Args:
+        x:          [..., K] float32, bfloat16 or float16.
+        weight:     [N, K] int8.
+        scale:      [N] float32, weight units per code step.
+        weight_sum: [N] int32, the sum of each weight row.
+        bias:       [N] float, or None.
+
+    Returns:
+        y: [..., N] in x's dtype: float(codes . weight) * (row scale * scale) + bias.
+
+    Raises:
+        RuntimeError: x holds a NaN or an infinity.
+    """
+    codes, row_scale = quantize_rows(_rows("linear_int8_dynamic", x))
+    product = integer_product(codes, weight).float()
+    return _finish(product * (row_scale[:, None] * scale[None, :]), x, bias)
+
+
+def linear_int8_static(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    input_scale: float,
+    input_zero_point: int,
+) -> Tensor:
+    """Linear layer with int8 weights and activations quantized to uint8 with a scale known beforehand.
+
+    Args:
+        x:                [..., K] float32, bfloat16 or float16.
+        weight:           [N, K] int8.
+        scale:            [N] float32, weight units per code step.
+        weight_sum:       [N] int32, the sum of each weight row.
+        bias:             [N] float, or None.
+        input_scale:      > 0, activation units per code step.
+        input_zero_point: 0..255, the code that means 0.0.
+
+    Returns:
+        y: [..., N] in x's dtype: float(codes . weight - zero_point * weight_sum) * (input_scale * scale) + bias.
+
+    Raises:
+        RuntimeError: x holds a NaN or an infinity.
+    """
+    rows = _rows("linear_int8_static", x)
+    step = torch.tensor(input_scale, dtype=torch.float32, device=x.device)
+    codes = (torch.round(rows * (1.0 / step)) + input_zero_point).clamp(0, 255)
+    product = integer_product(codes, weight) - input_zero_point * weight_sum
+    return _finish(product.float() * (step * scale)[None, :], x, bias)
+
+
+def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """Unsigned nibbles [N, columns] of packed rows [N, ceil(columns / 2)]: the low nibble comes first."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1)
+    return nibbles.reshape(packed.shape[0], 2 * packed.shape[1])[:, :columns]
+
+
+def _centred_int4(weight: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
+    """Int16 [N, columns] nibble minus its zero point."""
+    nibbles = unpack_nibbles(weight, columns).to(torch.int16)
+    if zero_point is None:
+        return nibbles - 8
+    return nibbles - zero_point.to(torch.int16).repeat_interleave(group, dim=1)[:, :columns]
+
+
+def linear_int4_dynamic(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
+    """Linear layer with packed int4 weights and activations quantized to int8 per token and group of 32.
+
+    Args:
+        x:          [..., K] float32, bfloat16 or float16.
+        weight:     [N, ceil(K / 2)] uint8, two unsigned nibbles per byte, the first in the low half.
+        scale:      [N, ceil(K / group)] float16, weight units per code step.
+        zero_point: [N, ceil(K / group)] uint8 in 0..15, the nibble that means 0.0; None means 8 everywhere.
+        bias:       [N] float, or None.
+        group:      a multiple of 32, or K.
+
+    Returns:
+        y: [..., N] in x's dtype: the float32 sum, over groups of 32 in ascending order, of
+            float(codes . (nibble - zero_point)) * (activation scale * weight scale), plus bias.
+
+    Raises:
+        RuntimeError: x holds a NaN or an infinity.
+    """
+    rows = _rows("linear_int4_dynamic", x)
+    depth = rows.shape[1]
+    centred = _centred_int4(weight, zero_point, group, depth)
+    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    for start in range(0, depth, ACTIVATION_GROUP):
+        end = min(start + ACTIVATION_GROUP, depth)
+        codes, row_scale = quantize_rows(rows[:, start:end])
+        product = integer_product(codes, centred[:, start:end]).float()
+        total = total + product * (row_scale[:, None] * scale[:, start // group].float()[None, :])
+    return _finish(total, x, bias)
+
+
+def dequantize_int8(weight: Tensor, scale: Tensor) -> Tensor:
+    """Float32 weights [N, K] of int8 codes [N, K] with one float32 scale [N] per row."""
+    return weight.float() * scale[:, None]
+
+
+def dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
+    """Float32 weights [N, columns] of packed int4 rows.
+
+    Args:
+        weight:     [N, ceil(columns / 2)] uint8, two unsigned nibbles per byte, the first in the low half.
+        scale:      [N, ceil(columns / group)] float16.
+        zero_point: [N, ceil(columns / group)] uint8, or None for 8.
+        group:      columns per scale, > 0.
+        columns:    K.
+
+    Returns:
+        [N, columns] float32: (nibble - zero_point) * scale.
+    """
+    centred = _centred_int4(weight, zero_point, group, columns).float()
+    return centred * scale.float().repeat_interleave(group, dim=1)[:, :columns]
+
+
+def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_dequantize_int8(weight: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(weight.shape)
+
+
+def _fake_dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
+    return scale.new_empty((weight.shape[0], columns), dtype=torch.float32)
+
+
+OPS = (
+    Op(
+        "linear_int8_dynamic",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias) -> Tensor",
+        linear_int8_dynamic,
+        _fake_linear,
+    ),
+    Op(
+        "linear_int8_static",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias, float input_scale,"
+        " int input_zero_point) -> Tensor",
+        linear_int8_static,
+        _fake_linear,
+    ),
+    Op(
+        "linear_int4_dynamic",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int group) -> Tensor",
+        linear_int4_dynamic,
+        _fake_linear,
+    ),
+    Op("dequantize_int8", "(Tensor weight, Tensor scale) -> Tensor", dequantize_int8, _fake_dequantize_int8),
+    Op(
+        "dequantize_int4",
+        "(Tensor weight, Tensor scale, Tensor? zero_point, int group, int columns) -> Tensor",
+        dequantize_int4,
+        _fake_dequantize_int4,
+    ),
+)
