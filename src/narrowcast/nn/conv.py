@@ -7,6 +7,8 @@ held as the ordinary convolution that it is on the zero-inserted input: channels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.core import QuantizedTensor, QuantSpec, pack
 from narrowcast.kernels import kernel_name
 from narrowcast.nn.activation import FLOAT, Activation
 from narrowcast.nn.base import QuantizedModule
@@ -277,27 +279,18 @@ class QuantizedConv(QuantizedModule):
         )
 
 
-class _codes_restored:  # noqa: N801 - used as a with statement
+@contextmanager
+def _codes_restored(module: QuantizedConv) -> Iterator[None]:
     """While this lasts the stored codes are a buffer again, unpacked from the panels."""
-
-    def __init__(self, module: QuantizedConv) -> None:
-        self.module = module
-        self.replaced = module.weight_codes is None
-
-    def __enter__(self) -> None:
-        if not self.replaced:
-            return
-        shape = self.module.shape
-        codes = torch.ops.narrowcast.conv2d_int8_unpack(
-            self.module.kernel_panels, shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.groups
-        )
-        spec = self.module.stored("weight").spec
-        if spec.format.bits < 8:
-            from narrowcast.core import pack
-
-            codes = pack(codes, spec.format)
-        self.module.weight_codes = codes
-
-    def __exit__(self, *exc: object) -> None:
-        if self.replaced:
-            self.module.weight_codes = None
+    if module.weight_codes is not None:
+        yield
+        return
+    shape, spec = module.shape, module.stored("weight").spec
+    codes = torch.ops.narrowcast.conv2d_int8_unpack(
+        module.kernel_panels, shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.groups
+    )
+    module.weight_codes = pack(codes, spec.format) if spec.format.bits < 8 else codes
+    try:
+        yield
+    finally:
+        module.weight_codes = None

@@ -1,0 +1,42 @@
+"""Modules that take the place of float ones: one op call each, weights as records, settings as JSON."""
+
+from narrowcast.nn.activation import FLOAT, Activation, activation_spec
+from narrowcast.nn.attention import MultiheadAttention
+from narrowcast.nn.base import InstalledModule, QuantizedModule, StoredWeight
+from narrowcast.nn.conv import ConvShape, QuantizedConv
+from narrowcast.nn.embedding import QuantizedEmbedding
+from narrowcast.nn.folded import FoldedBatchNorm
+from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
+from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
+
+MODULES: dict[str, type[InstalledModule]] = {
+    module.kind: module
+    for module in (
+        QuantizedLinear,
+        QuantizedConv,
+        QuantizedEmbedding,
+        QuantizedRecurrent,
+        MultiheadAttention,
+        FoldedBatchNorm,
+    )
+}
+
+__all__ = [
+    "FLOAT",
+    "MODULES",
+    "Activation",
+    "ConvShape",
+    "FoldedBatchNorm",
+    "InstalledModule",
+    "MultiheadAttention",
+    "QuantizedConv",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedModule",
+    "QuantizedRecurrent",
+    "RecurrentShape",
+    "StoredWeight",
+    "activation_spec",
+    "is_int8_per_channel",
+    "linear_op",
+]
