@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
-from narrowcast.errors import DataError
 from narrowcast.data.signature import Signature
 from narrowcast.data.texts import Texts, local_tokenizer
+from narrowcast.errors import DataError
 
 ROWS_PER_BATCH = 32
 TARGET_KEYS = ("labels", "label", "targets", "target")

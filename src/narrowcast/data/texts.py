@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.errors import DataError
 from narrowcast.data.signature import Signature
+from narrowcast.errors import DataError
 
 LONGEST_PLAUSIBLE = 1_000_000  # transformers writes 10**30 where a tokenizer states no limit
 
@@ -76,8 +76,8 @@ class Texts:
     def _encode(self, strings: list[str], longest: int | None) -> Mapping[str, Tensor]:
         if hasattr(self.tokenizer, "encode_batch"):
             encodings = self.tokenizer.encode_batch(strings)
-            ids = [torch.tensor(encoding.ids[:longest], dtype=torch.long) for encoding in encodings]
-            masks = [torch.tensor(encoding.attention_mask[:longest], dtype=torch.long) for encoding in encodings]
+            ids = [_real_tokens(encoding)[:longest] for encoding in encodings]
+            masks = [torch.ones_like(row) for row in ids]
             pad = nn.utils.rnn.pad_sequence
             return {"input_ids": pad(ids, batch_first=True), "attention_mask": pad(masks, batch_first=True)}
         encoded: Mapping[str, Tensor] = self.tokenizer(
@@ -88,6 +88,12 @@ class Texts:
             return_tensors="pt",
         )
         return encoded
+
+
+def _real_tokens(encoding: Any) -> Tensor:
+    """Token ids without the padding that the tokenizer's file may ask for."""
+    real = torch.tensor(encoding.attention_mask, dtype=torch.bool)
+    return torch.tensor(encoding.ids, dtype=torch.long)[real]
 
 
 def local_tokenizer(model: nn.Module) -> Any:
