@@ -1,0 +1,118 @@
+"""What the pipeline knows of a model: layers that are weights, and an adapter per framework."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.nn import Activation
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that uses a weight.
+
+    Args:
+        path: name of the module in the model ("" for the model itself).
+        parameter: name of the weight in that module.
+        type: the module's type as recipes name it ("Linear", "Conv2d", "Embedding", ...).
+    """
+
+    path: str
+    parameter: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight, with every place that uses it.
+
+    Args:
+        name: the module's name, followed by the weight's where the module has several.
+        type: type of the first site; "Parameter" for a weight that no supported module owns.
+        shape: (out, in * kernel) of the weight matrix; the tensor's own shape for a "Parameter".
+        sites: all uses; more than one for tied weights.
+        role: "embedding", "head" (maps features to an embedding's vocabulary) or "".
+        reason: why it cannot be quantized; empty when it can.
+        bytes: bytes of the weight as it is.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    sites: tuple[Site, ...]
+    role: str = ""
+    reason: str = ""
+    bytes: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        total = 1
+        for side in self.shape:
+            total *= side
+        return total
+
+    @property
+    def types(self) -> frozenset[str]:
+        """The types of all sites."""
+        return frozenset(site.type for site in self.sites) | {self.type}
+
+
+@dataclass
+class Sample:
+    """A small input of one module, kept to judge it: positional and named arguments of its first call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Observation:
+    """What one streaming pass over the data left behind.
+
+    Args:
+        calls: how often each module ran, by path.
+        macs: multiply-accumulates of each module over the whole pass, by path.
+        samples: one kept input of each module, by path.
+        batches: number of batches.
+        notes: what the user should know of how the data was taken.
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    batches: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+Watcher = Callable[[Tensor], None]
+
+
+class ModelAdapter(ABC):
+    """The only way the pipeline touches a model; one implementation per framework."""
+
+    @abstractmethod
+    def layers(self) -> list[Layer]:
+        """Every weight of the model, in the model's order."""
+
+    @abstractmethod
+    def weight(self, layer: Layer) -> Tensor:
+        """The float weight as a matrix [out, in * kernel]."""
+
+    @abstractmethod
+    def integer_op(self, site: Site, spec: QuantSpec, mode: str) -> str | None:
+        """The integer kernel that would run this site; None where there is none."""
+
+    @abstractmethod
+    def observe(self, data: Any, watchers: Mapping[str, Iterable[Watcher]]) -> Observation:
+        """Run the data once; every watcher of a module path sees that module's inputs, channels last."""
+
+    @abstractmethod
+    def install(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> Any:
+        """Put a quantized module at `path`; `weights` by parameter name. Returns it."""

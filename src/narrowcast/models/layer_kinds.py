@@ -1,0 +1,181 @@
+"""The table of torch modules whose weights can be quantized: one row per type, nothing else knows these types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.nn import (
+    Activation,
+    ConvShape,
+    QuantizedConv,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedModule,
+    QuantizedRecurrent,
+    RecurrentShape,
+    is_int8_per_channel,
+    linear_op,
+)
+
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one type of module is read and replaced.
+
+    Args:
+        name: the type as recipes name it.
+        shapes: module -> shape (out, in * kernel) of every weight matrix, by parameter name.
+        matrix: (module, parameter) -> that weight as a matrix.
+        build: (module, records by parameter, activation) -> the module that replaces it.
+        refuse: module -> why this one cannot be replaced; "" when it can.
+        integer_op: (module, spec, activation mode) -> the integer kernel that would run, or None.
+        channel_dim: dimension of the input that holds the channels of the weight's columns.
+        kernel_elements: module -> columns of the weight per input channel.
+        takes_activation: whether the input can be quantized (an embedding's input is an index).
+    """
+
+    name: str
+    shapes: Callable[[Any], Shapes]
+    matrix: Callable[[Any, str], Tensor]
+    build: Callable[[Any, Mapping[str, QuantizedTensor], Activation], QuantizedModule]
+    integer_op: Callable[[Any, QuantSpec, str], str | None]
+    refuse: Callable[[Any], str] = lambda module: ""
+    channel_dim: int = -1
+    kernel_elements: Callable[[Any], int] = lambda module: 1
+    takes_activation: bool = True
+
+
+def _linear_shape(module: nn.Linear) -> Shapes:
+    return {"weight": (module.weight.shape[0], module.weight.shape[1])}
+
+
+def _build_linear(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedLinear:
+    record = records["weight"]
+    bias = None if module.bias is None else module.bias.float()
+    return QuantizedLinear(record.spec, record.shape, activation, record=record, bias=bias)
+
+
+def _linear_integer_op(module: nn.Linear, spec: QuantSpec, mode: str) -> str | None:
+    return linear_op(spec, (module.weight.shape[0], module.weight.shape[1]), mode)
+
+
+_LINEAR = LayerKind(
+    "Linear", _linear_shape, lambda module, name: module.weight, _build_linear, _linear_integer_op
+)
+
+# Hugging Face's Conv1D is a linear layer whose weight lies transposed: [in, out].
+_TRANSPOSED_LINEAR = LayerKind(
+    "Conv1D",
+    lambda module: {"weight": (module.weight.shape[1], module.weight.shape[0])},
+    lambda module, name: module.weight.t(),
+    _build_linear,
+    lambda module, spec, mode: linear_op(spec, (module.weight.shape[1], module.weight.shape[0]), mode),
+)
+
+
+def _build_conv(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedConv:
+    record = records["weight"]
+    bias = None if module.bias is None else module.bias.float()
+    return QuantizedConv(record.spec, ConvShape.of(module), activation, record=record, bias=bias)
+
+
+def _refuse_conv(module: Any) -> str:
+    _, padding, _ = ConvShape.of(module).as_direct()
+    if min(padding) < 0:
+        return "padding larger than the kernel's reach crops the input; no kernel does that"
+    return ""
+
+
+def _conv_kind(name: str) -> LayerKind:
+    return LayerKind(
+        name,
+        lambda module: {"weight": ConvShape.of(module).matrix},
+        lambda module, parameter: ConvShape.of(module).to_matrix(module.weight),
+        _build_conv,
+        lambda module, spec, mode: "conv2d_int8" if mode in ("dynamic", "static") and is_int8_per_channel(spec) else None,
+        refuse=_refuse_conv,
+        channel_dim=1,
+        kernel_elements=lambda module: ConvShape.of(module).kernel[0] * ConvShape.of(module).kernel[1],
+    )
+
+
+def _build_embedding(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedEmbedding:
+    record = records["weight"]
+    return QuantizedEmbedding(record.spec, record.shape, record=record, padding_idx=module.padding_idx)
+
+
+def _build_recurrent(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedRecurrent:
+    biases = {name: value.detach().float() for name, value in module.named_parameters() if name.startswith("bias")}
+    specs = {name: record.spec for name, record in records.items()}
+    shape = RecurrentShape.of(module)
+    return QuantizedRecurrent(shape, specs, activation, records=dict(records), biases=biases)
+
+
+def _refuse_recurrent(module: Any) -> str:
+    return "LSTM with a projection (proj_size) has no quantized module" if getattr(module, "proj_size", 0) else ""
+
+
+def _recurrent_kind(name: str, op: str) -> LayerKind:
+    return LayerKind(
+        name,
+        lambda module: RecurrentShape.of(module).weights(),
+        lambda module, parameter: getattr(module, parameter),
+        _build_recurrent,
+        lambda module, spec, mode: op if mode == "dynamic" and is_int8_per_channel(spec) else None,
+        refuse=_refuse_recurrent,
+    )
+
+
+KINDS: dict[type[nn.Module], LayerKind] = {
+    nn.Linear: _LINEAR,
+    nn.Conv1d: _conv_kind("Conv1d"),
+    nn.Conv2d: _conv_kind("Conv2d"),
+    nn.ConvTranspose2d: _conv_kind("ConvTranspose2d"),
+    nn.Embedding: LayerKind(
+        "Embedding",
+        _linear_shape,
+        lambda module, name: module.weight,
+        _build_embedding,
+        lambda module, spec, mode: None,
+        refuse=lambda module: "max_norm rescales rows while they are looked up" if module.max_norm is not None else "",
+        takes_activation=False,
+    ),
+    nn.LSTM: _recurrent_kind("LSTM", "lstm_int8"),
+    nn.GRU: _recurrent_kind("GRU", "gru_int8"),
+}
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The row for a module, its own type or a subclass that computes the same; None where there is none.
+
+    A subclass that brings a `forward` of its own computes something else, and a parametrized module computes its
+    weight anew at each call, so neither is replaced.
+    """
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return _TRANSPOSED_LINEAR
+    for base, kind in KINDS.items():
+        if isinstance(module, base) and type(module).forward is base.forward and not hasattr(module, "parametrizations"):
+            return kind
+    return None
+
+
+def why_unsupported(module: nn.Module, parameter: str) -> str:
+    """Why a weight of this module stays as it is."""
+    name = type(module).__name__
+    if hasattr(module, "parametrizations"):
+        return f"{name} is parametrized: its weight is computed at each call; remove the parametrization first"
+    for base, kind in KINDS.items():
+        if isinstance(module, base):
+            return f"{name} has a forward of its own, so it is not the {kind.name} it derives from"
+    if "Norm" in name:
+        return f"{name}: scales and shifts of a normalization stay float"
+    if name == "FoldedBatchNorm":
+        return f"{name}: folded"
+    return f"{name}.{parameter} is not the weight of a supported layer type"
