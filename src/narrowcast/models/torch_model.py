@@ -1,0 +1,263 @@
+"""The PyTorch adapter: finds weights in any `nn.Module`, watches its inputs, exchanges modules. No tracing needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.data import iterate
+from narrowcast.errors import DataError, ModelError
+from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site, Watcher
+from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
+from narrowcast.models.modules import get_module, paths_of, replace_everywhere_
+from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
+
+# A kept sample has at most this many elements: enough to judge a layer, small beside any model.
+_SAMPLE_ELEMENTS = 1 << 20
+
+
+class TorchModel(ModelAdapter):
+    """A PyTorch module as the pipeline sees it.
+
+    Args:
+        model: any module; `nn.MultiheadAttention` inside it is taken apart into linear layers.
+        inplace: work on `model` itself; otherwise on a copy that shares the tensors until they are replaced.
+    """
+
+    def __init__(self, model: nn.Module, *, inplace: bool = False) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load or build the model first")
+        if any(isinstance(module, InstalledModule) for module in model.modules()):
+            raise ModelError("the model is quantized already; start from the float model")
+        self.original = model
+        self.model = model if inplace else _structural_copy(model)
+        self.notes: list[str] = []
+        if self.model.training:
+            self.model.eval()
+            self.notes.append("the model was in training mode; it was quantized, and is returned, in evaluation mode")
+        self._take_attention_apart_()
+        self._layers: list[Layer] | None = None
+
+    def layers(self) -> list[Layer]:
+        """See `ModelAdapter`."""
+        if self._layers is None:
+            self._layers = _find_layers(self.model)
+        return self._layers
+
+    def weight(self, layer: Layer) -> Tensor:
+        """See `ModelAdapter`."""
+        module, kind = self._module(layer.sites[0].path)
+        return kind.matrix(module, layer.sites[0].parameter).detach().float()
+
+    def integer_op(self, site: Site, spec: QuantSpec, mode: str) -> str | None:
+        """See `ModelAdapter`."""
+        module, kind = self._module(site.path)
+        return kind.integer_op(module, spec, mode)
+
+    def takes_activation(self, site: Site) -> bool:
+        """Whether the input of a site can be quantized."""
+        return self._module(site.path)[1].takes_activation
+
+    def input_groups(self, site: Site) -> int:
+        """Groups of a convolution, 1 elsewhere: the input channels that a row of the weight does not see."""
+        return int(getattr(self._module(site.path)[0], "groups", 1))
+
+    def kernel_elements(self, site: Site) -> int:
+        """Columns of the weight per input channel."""
+        module, kind = self._module(site.path)
+        return kind.kernel_elements(module)
+
+    def _module(self, path: str) -> tuple[nn.Module, LayerKind]:
+        module = get_module(self.model, path)
+        kind = kind_of(module)
+        assert kind is not None, path
+        return module, kind
+
+    def observe(self, data: Any, watchers: Mapping[str, Iterable[Watcher]]) -> Observation:
+        """See `ModelAdapter`.
+
+        Raises:
+            DataError: there is no batch, a batch does not fit the model, or a layer's input is not finite.
+        """
+        seen = Observation()
+        handles = []
+        for path in dict.fromkeys(site.path for layer in self.layers() if not layer.reason for site in layer.sites):
+            module, kind = self._module(path)
+            hook = _Hook(path, kind, list(watchers.get(path, ())), seen)
+            handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(hook.after))
+        try:
+            with torch.no_grad():
+                for batch in iterate(data, self.model):
+                    _run(batch, self.model, seen.batches)
+                    seen.batches += 1
+                    if batch.note and batch.note not in seen.notes:
+                        seen.notes.append(batch.note)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def install(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedModule:
+        """See `ModelAdapter`."""
+        module, kind = self._module(path)
+        installed = kind.build(module, weights, activation)
+        installed.train(module.training)
+        self.model = replace_everywhere_(self.model, module, installed)
+        return installed
+
+    def detach_(self) -> None:
+        """Give the working copy tensors of its own: nothing is shared with the caller's model afterwards."""
+        if self.model is self.original:
+            return
+        fresh: dict[int, Tensor] = {}
+        shared = {id(t) for t in [*self.original.parameters(), *self.original.buffers()]}
+        storages = {t.untyped_storage().data_ptr() for t in [*self.original.parameters(), *self.original.buffers()]}
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None or tensor.is_meta:
+                        continue
+                    if id(tensor) not in shared and tensor.untyped_storage().data_ptr() not in storages:
+                        continue
+                    if id(tensor) not in fresh:
+                        copied = tensor.detach().clone()
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        fresh[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+                    table[name] = fresh[id(tensor)]  # type: ignore[assignment]
+
+    def _take_attention_apart_(self) -> None:
+        for module in list(self.model.modules()):
+            if type(module) is nn.MultiheadAttention:
+                self.model = replace_everywhere_(self.model, module, MultiheadAttention.of(module))
+
+
+class _Hook:
+    """Watches one module: its inputs, how often it ran, its multiply-accumulates, one sample."""
+
+    def __init__(self, path: str, kind: LayerKind, watchers: list[Watcher], seen: Observation) -> None:
+        self.path, self.kind, self.watchers, self.seen = path, kind, watchers, seen
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen.calls[self.path] = self.seen.calls.get(self.path, 0) + 1
+        x = args[0] if args else next(iter(kwargs.values()))
+        x = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+        if self.path not in self.seen.samples:
+            self.seen.samples[self.path] = _sample(args, kwargs)
+        for watcher in self.watchers:
+            try:
+                watcher(x.detach().movedim(self.kind.channel_dim, -1))
+            except DataError as error:
+                raise DataError(f"layer {self.path!r}, batch {self.seen.batches}: {error}") from None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+        shapes = self.kind.shapes(module)
+        if not self.kind.takes_activation:
+            return
+        if self.kind.name in ("LSTM", "GRU"):
+            tokens = y.numel() // y.shape[-1]
+            macs = tokens * sum(rows * columns for rows, columns in shapes.values())
+        else:
+            macs = y.numel() * shapes["weight"][1]
+        self.seen.macs[self.path] = self.seen.macs.get(self.path, 0) + macs
+
+
+def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sample:
+    """A detached copy of a call's arguments, cut along the first dimension to a bounded size."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    largest = max((t.numel() for t in tensors), default=1)
+    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+    keep = max(1, min(rows, rows * _SAMPLE_ELEMENTS // max(largest, 1)))
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        return (value[:keep] if len(tensors) == 1 and value.dim() > 1 else value).clone()
+
+    return Sample(tuple(cut(a) for a in args), {key: cut(a) for key, a in kwargs.items()})
+
+
+def _run(batch: Any, model: nn.Module, index: int) -> Any:
+    """Run one batch; an error of the model becomes one that names the batch."""
+    try:
+        return batch.run(model)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"calibration batch {index} does not run through {type(model).__name__}: {type(error).__name__}: {first}; "
+            "check the shape, dtype and names of the inputs"
+        ) from error
+
+
+def _find_layers(model: nn.Module) -> list[Layer]:
+    """Every weight once, in the model's order, with all the places that use it."""
+    sites: dict[int, list[tuple[Site, nn.Module]]] = {}
+    tensors: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        owned = kind.shapes(module) if kind is not None else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if kind is not None and name not in owned:
+                continue  # biases go with their weight
+            type_name = kind.name if kind is not None else "Parameter"
+            sites.setdefault(id(parameter), []).append((Site(path, name, type_name), module))
+            tensors[id(parameter)] = parameter
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [_layer(tensors[key], uses, vocabularies) for key, uses in sites.items()]
+
+
+def _layer(tensor: Tensor, uses: list[tuple[Site, nn.Module]], vocabularies: set[int]) -> Layer:
+    site, module = uses[0]
+    places = tuple(use for use, _ in uses)
+    size = tensor.numel() * tensor.element_size()
+    kind = kind_of(module)
+    reason = next((why_unsupported(m, s.parameter) for s, m in uses if kind_of(m) is None), "")
+    if reason and len(uses) > 1:
+        reason = f"tied to {', '.join(s.path for s in places[1:])}: {reason}"
+    if kind is None:
+        return Layer(f"{site.path}.{site.parameter}".lstrip("."), "Parameter", tuple(tensor.shape), places, "", reason, size)
+    shapes = kind.shapes(module)
+    shape = shapes[site.parameter]
+    if not reason:
+        reason = next((why for s, m in uses if (why := _refusal(m, s.parameter, shape))), "")
+    name = (site.path or kind.name) if len(shapes) == 1 else f"{site.path}.{site.parameter}".lstrip(".")
+    role = ""
+    if any(s.type == "Embedding" for s in places):
+        role = "embedding"
+    elif kind.name in ("Linear", "Conv1D") and shape[0] in vocabularies:
+        role = "head"
+    return Layer(name, kind.name, shape, places, role, reason, size)
+
+
+def _refusal(module: nn.Module, parameter: str, shape: tuple[int, int]) -> str:
+    kind = kind_of(module)
+    assert kind is not None
+    if not kind.matrix(module, parameter).is_floating_point():
+        return "the weight is not floating point"
+    if shape[0] * shape[1] == 0:
+        return f"the weight is empty: {shape[0]}x{shape[1]}"
+    if kind.shapes(module)[parameter] != shape:
+        return "tied weights whose matrices have different shapes"
+    return kind.refuse(module)
+
+
+def _structural_copy(model: nn.Module) -> nn.Module:
+    """A copy of all modules that shares all tensors; hooks and other attributes are copied by deepcopy's rules."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to quantize the model itself"
+        ) from error
+
+
+__all__ = ["TorchModel", "get_module", "paths_of", "replace_everywhere_"]
