@@ -4,7 +4,6 @@ from narrowcast.core.affine import (
     block_range,
     choose_scale,
     dequantize,
-    dequantize_blocks,
     quantize,
     quantize_blocks,
     round_scale,
@@ -28,7 +27,7 @@ from narrowcast.core.granularity import (
 from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
 from narrowcast.core.packing import pack, packed_width, unpack
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
-from narrowcast.core.tensor import QuantizedTensor
+from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks
 
 __all__ = [
     "FORMATS",

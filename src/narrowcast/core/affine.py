@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrowcast.core.formats import FORMATS
-from narrowcast.core.granularity import from_blocks, scale_shape, to_blocks
-from narrowcast.core.spec import QuantSpec
+from narrowcast.core.formats import FORMATS, NumberFormat, check_finite
+from narrowcast.core.granularity import from_blocks, to_blocks
+from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
 from narrowcast.core.tensor import QuantizedTensor
 from narrowcast.errors import FormatError
 
+# The smallest scale of each scale format. In float32 and what is derived from it that is the smallest normal number:
+# a scale below would lose its own precision, and value / scale could overflow.
 _SMALLEST = {"fp32": 2.0**-126, "fp16": 2.0**-24, "e8m0": 2.0**-126, "int8": 2.0**-126}
+_LARGEST = {name: FORMATS["fp32" if name == "int8" else name].high for name in SCALE_FORMATS}
 
 
 def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -28,63 +31,76 @@ def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
         zero_point: [block_rows, block_columns] int32, the code that means 0.0; None when symmetric.
 
     Raises:
-        FormatError: a bound is not finite or low > high, or the scale does not fit its format; the message names
-            the first bad block.
+        FormatError: a bound is not finite or low > high, the scale does not fit its format, or a code would mean a
+            number beyond float32; the message names the first bad block.
 
     Source:
         Jacob et al. 2018, arXiv:1712.05877, eq. 1. Differs: the range is widened to contain 0, so 0.0 is exact.
     """
+    low, high = low.to(torch.float32), high.to(torch.float32)
     _check_range(low, high)
-    low, high = low.to(torch.float32).clamp(max=0), high.to(torch.float32).clamp(min=0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         scale = torch.maximum(-low, high) / float(spec.format.high)
     else:
-        # halves first: high - low overflows float32 where either alone does not
-        scale = (high / (spec.code_high - spec.code_low)) - (low / (spec.code_high - spec.code_low))
-    scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
+        # each bound by itself: high - low overflows float32 where neither bound does
+        scale = high / (spec.code_high - spec.code_low) - low / (spec.code_high - spec.code_low)
+    scale = torch.where((low == 0) & (high == 0), 1.0, scale)
     scale = round_scale(scale, spec)
-    if spec.symmetric:
-        return scale, None
-    zero_point = (spec.code_low - low / scale).round().clamp(spec.code_low, spec.code_high)
-    return scale, zero_point.to(torch.int32)
+    zero_point = None
+    steps = torch.full_like(scale, spec.format.high)
+    if not spec.symmetric:
+        nearest = (spec.code_low - low / scale).round().clamp(spec.code_low, spec.code_high)
+        steps = torch.maximum(nearest - spec.code_low, spec.code_high - nearest)
+        zero_point = nearest.to(torch.int32)
+    check_finite(scale * steps, f"{spec}: a block reaches beyond the largest float32; the outermost value of block")
+    return scale, zero_point
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """Scales rounded to the nearest that the scale format of `spec` can hold, as float32 and never zero.
+
+    Rounding a rounded scale changes nothing. Two formats do not round to the nearest: "e8m0" rounds up to the next
+    power of two, and "fp16" rounds up below 2^-14, where its steps are so coarse that the nearest scale could cut
+    a block's largest value by a third.
 
     Args:
         scale: [block_rows, block_columns] float32, > 0.
         spec: its `scale_format` decides.
 
     Raises:
-        FormatError: a scale is larger than the format's largest number.
+        FormatError: a scale is larger than the format's largest number; the message names the first bad block.
 
     Source:
         "int8" is the double quantization of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3). Differs: one
-        outer scale per row of blocks, a bfloat16 number, so that outer * code is exact in float32. "e8m0" rounds
-        up to the next power of two, so no value is clipped (OCP MX 1.0 rounds down and clips).
+        outer scale per row of blocks, a bfloat16 number, so that outer * code is exact in float32. "e8m0": OCP MX
+        1.0, section 6.3. Differs: OCP rounds down and clips the largest values of a block.
     """
     name = spec.scale_format
     scale = scale.to(torch.float32).clamp(min=_SMALLEST[name])
     if name == "fp16":
-        if scale.numel() and float(scale.max()) > FORMATS["fp16"].high:
-            raise FormatError(
-                f"a scale of {float(scale.max()):.4g} does not fit float16 (largest 65504); add '/scale:fp32' to "
-                f"{str(spec)!r}"
-            )
-        return scale.to(torch.float16).to(torch.float32)
-    if name == "e8m0":
+        upwards = (scale * 2.0**24).ceil() * 2.0**-24  # float16 numbers below 2^-14 are the multiples of 2^-24
+        rounded = torch.where(scale < 2.0**-14, upwards, scale.to(torch.float16).to(torch.float32))
+    elif name == "e8m0":
         mantissa, exponent = torch.frexp(scale)
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-        return torch.ldexp(torch.ones_like(scale), exponent.clamp(-126, 127))
-    if name == "int8":
+        rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(torch.int32))
+    elif name == "int8":
         codes, outer = split_int8_scale(scale)
-        return outer * codes.to(torch.float32)
-    return scale
+        rounded = outer * codes.to(torch.float32)
+    else:
+        rounded = scale
+    bad = ~(rounded <= _LARGEST[name])
+    if bool(bad.any()):
+        where = tuple(int(index) for index in bad.nonzero()[0])
+        raise FormatError(
+            f"block {where} of {spec}: its scale {float(scale[where]):.6g} does not fit {name} "
+            f"(largest {_LARGEST[name]:.6g}); write '/scale:fp32'"
+        )
+    return rounded
 
 
 def split_int8_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes and one bfloat16 outer scale per row: `scale ~ outer * code`, code in 1..127.
+    """8-bit codes and one bfloat16 outer scale per row: the nearest `outer * code`, code in 1..127.
 
     Args:
         scale: [block_rows, block_columns] float32, > 0.
@@ -111,49 +127,52 @@ def quantize(
         zero_point: [block_rows, block_columns] int32; required with `scale` when `spec` is asymmetric.
 
     Raises:
-        FormatError: values are not a finite matrix, or scale and zero point do not have the block shape of `spec`.
+        FormatError: values are not a finite float matrix or, in a format without scales, are beyond its largest
+            number; or scale and zero point do not belong to `spec` and the shape of `values`.
     """
-    if values.dim() != 2:
-        raise FormatError(f"quantize takes a matrix [rows, columns], got shape {tuple(values.shape)}; reshape it first")
-    _check_finite(values)
+    if values.dim() != 2 or not values.is_floating_point():
+        raise FormatError(
+            f"quantize takes a float matrix [rows, columns], got {values.dtype} of shape {tuple(values.shape)}; "
+            "convert or reshape it first"
+        )
+    check_finite(values, "quantize")
     if not spec.format.scaled:
+        _check_fits(values, spec.format)
         return QuantizedTensor(spec.format.encode(values), None, None, spec)
     blocks = to_blocks(values.to(torch.float32), spec.granularity)
     if scale is None:
         scale, zero_point = choose_scale(*block_range(blocks), spec)
-    shape = (values.shape[0], values.shape[1])
-    expected = scale_shape(spec.granularity, shape)
-    if tuple(scale.shape) != expected or (zero_point is None) != spec.symmetric:
-        raise FormatError(
-            f"{spec} on a {shape[0]}x{shape[1]} matrix needs scales of shape {expected} and "
-            f"{'no zero points' if spec.symmetric else 'zero points'}; got scales of shape {tuple(scale.shape)}"
-        )
+    else:
+        _check_scale(scale, zero_point, blocks, spec)
     codes = quantize_blocks(blocks, spec, scale, zero_point)
+    shape = (values.shape[0], values.shape[1])
     return QuantizedTensor(from_blocks(codes, spec.granularity, shape), scale, zero_point, spec)
 
 
 def quantize_blocks(blocks: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Codes [block_rows, block_columns, elements] of values in block view; the arithmetic under `quantize`."""
+    """Codes of values in block view, clamped to the codes in use; the arithmetic under `quantize`.
+
+    Args:
+        blocks: [block_rows, block_columns, elements] float32, finite.
+        spec: target format, one with scales.
+        scale: [block_rows, block_columns] float32 > 0.
+        zero_point: [block_rows, block_columns] int32; None when symmetric.
+
+    Returns:
+        codes: [block_rows, block_columns, elements] in the format's storage dtype.
+    """
     scaled = blocks / scale.unsqueeze(-1)
     if spec.format.kind != "int":
-        return spec.format.encode(scaled)
-    codes = scaled.round()
+        return spec.format.encode(scaled.clamp_(spec.format.low, spec.format.high))
+    scaled.round_()
     if zero_point is not None:
-        codes = codes + zero_point.unsqueeze(-1)
-    return codes.clamp(spec.code_low, spec.code_high).to(spec.format.storage)
-
-
-def dequantize_blocks(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Float32 values of codes in block view."""
-    values = spec.format.decode(codes)
-    if zero_point is not None:
-        values = values - zero_point.unsqueeze(-1).to(torch.float32)
-    return values * scale.unsqueeze(-1)
+        scaled += zero_point.unsqueeze(-1)
+    return scaled.clamp_(spec.code_low, spec.code_high).to(spec.format.storage)
 
 
 def block_range(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of every block, each [block_rows, block_columns]."""
-    if blocks.shape[-1] == 0 or blocks.numel() == 0:
+    if blocks.numel() == 0:
         empty = blocks.new_zeros(blocks.shape[:2])
         return empty, empty
     low, high = blocks.aminmax(dim=-1)
@@ -168,17 +187,38 @@ def dequantize(tensor: QuantizedTensor) -> Tensor:
 def _check_range(low: Tensor, high: Tensor) -> None:
     bad = ~(torch.isfinite(low) & torch.isfinite(high)) | (low > high)
     if bool(bad.any()):
-        where = tuple(int(i) for i in bad.nonzero()[0])
+        where = tuple(int(index) for index in bad.nonzero()[0])
         raise FormatError(
             f"block {where}: the range [{float(low[where])}, {float(high[where])}] is not finite or is reversed; "
-            "a scale needs finite bounds with low <= high"
+            "a scale needs finite float32 bounds with low <= high"
         )
 
 
-def _check_finite(values: Tensor) -> None:
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        where = tuple(int(i) for i in (~finite).nonzero()[0])
+def _check_scale(scale: Tensor, zero_point: Tensor | None, blocks: Tensor, spec: QuantSpec) -> None:
+    """A caller's scales: one per block, each a number of the scale format, so that saving them changes nothing."""
+    parts = [scale] if zero_point is None else [scale, zero_point]
+    if any(part.shape != blocks.shape[:2] for part in parts) or (zero_point is None) != spec.symmetric:
         raise FormatError(
-            f"element {where} is {float(values[where])}; {int((~finite).sum())} of {values.numel()} values are not finite"
+            f"{spec}: needs scales of shape {tuple(blocks.shape[:2])} and {'no' if spec.symmetric else 'as many'} zero "
+            f"points; got shapes {[tuple(part.shape) for part in parts]}"
+        )
+    bad = round_scale(scale, spec) != scale
+    if bool(bad.any()):
+        where = tuple(int(index) for index in bad.nonzero()[0])
+        raise FormatError(
+            f"{spec}: the scale {float(scale[where])!r} of block {where} is not a positive {spec.scale_format} number; "
+            "pass it through round_scale"
+        )
+    if zero_point is not None and bool(((zero_point < spec.code_low) | (zero_point > spec.code_high)).any()):
+        raise FormatError(f"{spec}: a zero point is outside the codes {spec.code_low}..{spec.code_high}")
+
+
+def _check_fits(values: Tensor, number: NumberFormat) -> None:
+    """No value is so large that it would round to infinity: that is no matter of precision, and never silent."""
+    bad = torch.isinf(values.to(torch.float32).to(number.storage))
+    if bool(bad.any()):
+        where = tuple(int(index) for index in bad.nonzero()[0])
+        raise FormatError(
+            f"element {where} is {float(values[where]):.6g}, beyond the largest {number.name} number "
+            f"{number.high:.6g}; use a wider float, or a format with scales such as int8/channel"
         )

@@ -6,7 +6,9 @@ encode and decode. It knows nothing of scales, zero points, tensors' shapes or m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -55,19 +57,19 @@ class NumberFormat:
             codes: [...] in `storage`; values beyond [low, high] become the nearest bound.
 
         Raises:
-            FormatError: a value is not finite.
+            FormatError: a value is not finite; the message names the first one.
 
         Source:
             IEEE 754-2019 section 4.3.1 (round half to even); OCP 8-bit floating point, 2023 (FP8, saturating);
-            OCP Microscaling formats 1.0 (FP4 E2M1, E8M0). Differs: all formats saturate, none produces infinity.
+            OCP Microscaling formats 1.0 (FP4 E2M1, E8M0). Differs: all formats saturate, none produces infinity;
+            zero has one code, so -0.0 is encoded as 0.0 in a codebook.
         """
-        if not bool(torch.isfinite(values).all()):
-            raise FormatError(f"{self.name}: cannot encode a value that is not finite; remove NaN and infinity first")
+        check_finite(values, self.name)
         values = values.to(torch.float32)
         if self.kind == "int":
             return values.round().clamp(self.low, self.high).to(self.storage)
         if self.kind == "exponent":
-            return _encode_power_of_two(values)
+            return values.clamp(self.low, self.high).to(torch.float8_e8m0fnu).view(self.storage)
         if self.levels is not None:
             return _nearest_level(values, self.levels)
         return values.clamp(self.low, self.high).to(self.storage)
@@ -79,35 +81,58 @@ class NumberFormat:
             codes: [...] in `storage`.
 
         Returns:
-            values: [...] float32.
+            values: [...] float32; NaN for the codes that mean NaN in FP8 and E8M0, which `encode` never gives.
         """
         if self.kind == "exponent":
-            return torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes.to(torch.int32) - 127)
+            return codes.contiguous().view(torch.float8_e8m0fnu).to(torch.float32)
         if self.levels is not None:
-            return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.long()]
+            table = torch.tensor(self.levels, dtype=torch.float32, device=codes.device)
+            return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
         return codes.to(torch.float32)
 
 
-def _nearest_level(values: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """Index of the level nearest to each value; a tie goes to the even index, which is the even mantissa in E2M1.
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise where a value is NaN or infinite.
 
-    Of two codes for one value (0.0 and -0.0) the first is used, so that zero has one code.
+    Args:
+        values: [...] any shape.
+        what: the name that the message begins with.
+
+    Raises:
+        FormatError: naming the first bad element and how many there are.
+    """
+    # one pass in the good case: the smallest and the largest value are finite only if all are (NaN spreads)
+    if values.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(values)):
+        return
+    bad = ~torch.isfinite(values)
+    where = tuple(int(index) for index in bad.nonzero()[0])
+    raise FormatError(
+        f"{what}: element {where} is {float(values[where])}; {int(bad.sum())} of {values.numel()} values are not "
+        "finite; remove NaN and infinity first"
+    )
+
+
+def _nearest_level(values: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Index of the level nearest to each value; a tie goes to the even index, which is the even mantissa in E2M1."""
+    thresholds, codes = _thresholds(levels)
+    position = torch.bucketize(values.contiguous(), thresholds.to(values.device), out_int32=True, right=True)
+    return codes.to(values.device).index_select(0, position.reshape(-1)).view(values.shape)
+
+
+@lru_cache
+def _thresholds(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """The float32 numbers at which the nearest level changes, and the code of each interval between them.
+
+    A threshold is the smallest float32 that is nearer to the upper of two levels, or as near and its code is even:
+    a comparison in float32 then decides exactly. Of two codes for one value (0.0 and -0.0) the first is used.
     """
     order = sorted({levels[index]: index for index in reversed(range(len(levels)))}.items())
-    ordered = torch.tensor([level for level, _ in order], dtype=torch.float64, device=values.device)
-    codes = torch.tensor([index for _, index in order], dtype=torch.uint8, device=values.device)
-    exact = values.to(torch.float64).contiguous()
-    upper = torch.searchsorted(ordered, exact).clamp(1, len(order) - 1)
-    lower = upper - 1
-    to_lower, to_upper = exact - ordered[lower], ordered[upper] - exact
-    tie = (to_lower == to_upper) & (codes[lower] % 2 == 0)
-    return torch.where((to_lower < to_upper) | tie, codes[lower], codes[upper])
-
-
-def _encode_power_of_two(values: Tensor) -> Tensor:
-    """Biased exponents of the powers of two nearest in ratio to positive values; 2^-127 .. 2^127."""
-    exponent = torch.log2(values.clamp(min=2.0**-126).to(torch.float64)).round()
-    return (exponent.clamp(-127, 127) + 127).to(torch.uint8)
+    exact = torch.tensor([level for level, _ in order], dtype=torch.float32).to(torch.float64)
+    codes = torch.tensor([index for _, index in order], dtype=torch.uint8)
+    middle = (exact[:-1] + exact[1:]) / 2
+    nearest = middle.to(torch.float32)
+    too_low = (nearest < middle) | ((nearest == middle) & (codes[1:] % 2 == 1))
+    return torch.where(too_low, torch.nextafter(nearest, torch.full_like(nearest, torch.inf)), nearest), codes
 
 
 # Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E: quantiles of N(0, 1), normalised to [-1, 1].

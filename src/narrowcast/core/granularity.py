@@ -71,7 +71,7 @@ class PerBlock:
 
 Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock
 
-_PLAIN = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken()}
+_PLAIN: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken()}
 
 
 def parse_granularity(text: str) -> Granularity:
@@ -82,9 +82,9 @@ def parse_granularity(text: str) -> Granularity:
     """
     if text in _PLAIN:
         return _PLAIN[text]
-    if match := re.fullmatch(r"group(\d+)", text):
+    if match := re.fullmatch(r"group([0-9]+)", text):
         return PerGroup(int(match[1]))
-    if match := re.fullmatch(r"block(\d+)x(\d+)", text):
+    if match := re.fullmatch(r"block([0-9]+)x([0-9]+)", text):
         return PerBlock(int(match[1]), int(match[2]))
     raise FormatError(f"granularity {text!r} is not known; use tensor, channel, token, group<size> or block<r>x<c>")
 
@@ -145,5 +145,6 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: tuple[int, int]
 def expand_to_matrix(per_block: Tensor, granularity: Granularity, shape: tuple[int, int]) -> Tensor:
     """One value per block [block_rows, block_columns] repeated to every element it governs [rows, columns]."""
     tall, wide = block_shape(granularity, shape)
-    expanded = per_block.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
-    return expanded[: shape[0], : shape[1]]
+    down, across = per_block.shape
+    repeated = per_block[:, None, :, None].expand(down, tall, across, wide).reshape(down * tall, across * wide)
+    return repeated[: shape[0], : shape[1]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.core.tensor import QuantizedTensor
+from narrowcast.errors import FormatError
 
 
 def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
@@ -19,41 +20,72 @@ def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
 
     Returns:
         Decibel; inf when the two are equal (also when both are empty), -inf when only the reference is all zero.
+
+    Raises:
+        FormatError: the shapes differ.
     """
-    signal = float(reference.to(torch.float64).square().sum())
-    noise = float((reference.to(torch.float64) - candidate.to(torch.float64)).square().sum())
+    exact, other = _as_pair(reference, candidate)
+    signal, noise = float(exact.square().sum()), float((exact - other).square().sum())
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def cosine(reference: Tensor, candidate: Tensor) -> float:
-    """Mean cosine of the angle between the rows (last dimension) of two tensors; two zero rows count as 1."""
-    a, b = reference.to(torch.float64), candidate.to(torch.float64)
-    norms = a.norm(dim=-1) * b.norm(dim=-1)
-    both_zero = (a.norm(dim=-1) == 0) & (b.norm(dim=-1) == 0)
-    value = (a * b).sum(-1) / torch.where(norms == 0, torch.ones_like(norms), norms)
-    return float(torch.where(both_zero, torch.ones_like(value), value).mean())
+    """Mean cosine of the angle between the rows (last dimension) of two tensors.
+
+    Args:
+        reference: [..., features].
+        candidate: same shape.
+
+    Returns:
+        A number in [-1, 1]; a row that is zero in both counts as 1, in only one as 0; 1 when there are no rows.
+
+    Raises:
+        FormatError: the shapes differ.
+    """
+    exact, other = _as_pair(reference, candidate)
+    if exact.numel() == 0:
+        return 1.0
+    lengths = exact.norm(dim=-1), other.norm(dim=-1)
+    product = lengths[0] * lengths[1]
+    angle = ((exact * other).sum(-1) / torch.where(product == 0, 1.0, product)).clamp(-1, 1)
+    return float(torch.where((lengths[0] == 0) & (lengths[1] == 0), 1.0, angle).mean())
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
     """Kullback-Leibler divergence sum p log(p / q) in nats between two histograms of counts or probabilities.
 
     Args:
-        reference: [bins] p, not negative; normalised here.
-        candidate: [bins] q, not negative; normalised here.
+        reference: [bins] p, not negative, not all zero; normalised here.
+        candidate: [bins] q, not negative, not all zero; normalised here.
 
     Returns:
-        Nats; inf where the candidate gives no mass to a bin that the reference uses.
+        Nats, >= 0; inf where the candidate gives no mass to a bin that the reference uses.
+
+    Raises:
+        FormatError: the shapes differ, or a histogram has a negative or non-finite bin or no mass.
     """
-    p = reference.to(torch.float64) / float(reference.sum())
-    q = candidate.to(torch.float64) / float(candidate.sum())
+    p, q = _as_pair(reference, candidate)
+    for name, histogram in (("reference", p), ("candidate", q)):
+        mass = float(histogram.sum())
+        if not 0 < mass < math.inf or bool((histogram < 0).any()):
+            raise FormatError(f"kl_divergence: the {name} is no histogram: its sum is {mass} or a bin is negative")
     used = p > 0
-    if bool((q[used] == 0).any()):
+    p, q = p[used] / p.sum(), q[used] / q.sum()
+    if bool((q == 0).any()):
         return math.inf
-    return float((p[used] * (p[used] / q[used]).log()).sum())
+    return max(0.0, float((p * (p / q).log()).sum()))
 
 
 def bits_per_weight(tensor: QuantizedTensor) -> float:
     """Stored bits per weight, scales and zero points counted."""
     return tensor.spec.bits_per_value(tensor.shape)
+
+
+def _as_pair(reference: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+    if reference.shape != candidate.shape:
+        raise FormatError(
+            f"two tensors of one shape can be compared, got {tuple(reference.shape)} and {tuple(candidate.shape)}"
+        )
+    return reference.to(torch.float64), candidate.to(torch.float64)

@@ -8,6 +8,8 @@ of the last byte of a row are 0. Formats of 8 bits and more are not packed: thei
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,6 @@ from narrowcast.errors import FormatError
 def packed_width(columns: int, bits: int) -> int:
     """Bytes of one packed row."""
     return -(-columns * bits // 8)
-
-
-def _field_offset(number: NumberFormat) -> int:
-    return int(number.low) if number.kind == "int" else 0
 
 
 def pack(codes: Tensor, number: NumberFormat) -> Tensor:
@@ -35,26 +33,28 @@ def pack(codes: Tensor, number: NumberFormat) -> Tensor:
         packed: [rows, ceil(columns * bits / 8)] uint8.
 
     Raises:
-        FormatError: the format has 8 bits or more, or a code is outside of it.
+        FormatError: the format has 8 bits or more, the codes are no matrix of its storage dtype, or a code is
+            outside of it.
     """
-    if number.bits >= 8:
-        raise FormatError(f"{number.name} has {number.bits} bits and is stored as it is; only formats below 8 bits are packed")
-    offset, bits = _field_offset(number), number.bits
-    fields = codes.to(torch.int16) - offset
-    if fields.numel() and (int(fields.min()) < 0 or int(fields.max()) >= 2**bits):
-        raise FormatError(f"{number.name}: a code is outside {offset}..{offset + 2**bits - 1}")
+    _check_packable(number)
+    if codes.dim() != 2 or codes.dtype != number.storage:
+        raise FormatError(
+            f"{number.name}: pack takes a matrix of {number.storage}, got {codes.dtype} of shape {tuple(codes.shape)}"
+        )
+    offset = _field_offset(number)
+    fields = codes.contiguous().view(torch.uint8) - offset % 256  # modulo 256, so a code below `low` is large
+    if fields.numel() and int(fields.max()) >= 2**number.bits:
+        raise FormatError(f"{number.name}: a code is outside {offset}..{offset + 2**number.bits - 1}")
     rows, columns = codes.shape
-    period = 8 // _gcd(8, bits)  # elements after which the pattern of bits repeats on a byte boundary
+    period, chunk = _period(number.bits)
     groups = -(-columns // period)
-    padded = fields.new_zeros(rows, groups * period)
-    padded[:, :columns] = fields
-    words = torch.zeros(rows, groups, dtype=torch.int64)
-    view = padded.view(rows, groups, period)
-    for index in range(period):
-        words |= view[:, :, index].to(torch.int64) << (index * bits)
-    chunk = period * bits // 8
-    packed = torch.stack([(words >> (8 * byte)) & 0xFF for byte in range(chunk)], dim=-1).to(torch.uint8)
-    return packed.reshape(rows, groups * chunk)[:, : packed_width(columns, bits)].contiguous()
+    if groups * period != columns:
+        fields = torch.nn.functional.pad(fields, (0, groups * period - columns))
+    fields = fields.view(rows, groups, period)
+    packed = fields.new_zeros(rows, groups, chunk)
+    for element, byte, shift in _overlaps(number.bits):
+        packed[:, :, byte] |= _shift(fields[:, :, element], shift)
+    return packed.view(rows, groups * chunk)[:, : packed_width(columns, number.bits)].contiguous()
 
 
 def unpack(packed: Tensor, number: NumberFormat, columns: int) -> Tensor:
@@ -66,30 +66,50 @@ def unpack(packed: Tensor, number: NumberFormat, columns: int) -> Tensor:
         columns: codes in a row.
 
     Raises:
-        FormatError: the width of `packed` does not belong to `columns` codes of this format.
+        FormatError: the format has 8 bits or more, or the width of `packed` does not belong to `columns` codes.
     """
-    bits = number.bits
-    if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.shape[1] != packed_width(columns, bits):
+    _check_packable(number)
+    width = packed_width(columns, number.bits)
+    if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.shape[1] != width:
         raise FormatError(
-            f"{number.name}: {columns} codes in a row pack into {packed_width(columns, bits)} bytes, got "
-            f"{packed.dtype} of shape {tuple(packed.shape)}"
+            f"{number.name}: {columns} codes in a row pack into {width} bytes, got {packed.dtype} of shape "
+            f"{tuple(packed.shape)}"
         )
     rows = packed.shape[0]
-    period = 8 // _gcd(8, bits)
-    chunk = period * bits // 8
+    period, chunk = _period(number.bits)
     groups = -(-columns // period)
-    padded = packed.new_zeros(rows, groups * chunk)
-    padded[:, : packed.shape[1]] = packed
-    view = padded.view(rows, groups, chunk).to(torch.int64)
-    words = torch.zeros(rows, groups, dtype=torch.int64)
-    for byte in range(chunk):
-        words |= view[:, :, byte] << (8 * byte)
-    fields = torch.stack([(words >> (index * bits)) & (2**bits - 1) for index in range(period)], dim=-1)
-    codes = fields.reshape(rows, groups * period)[:, :columns].to(torch.int16) + _field_offset(number)
-    return codes.to(number.storage).contiguous()
+    if groups * chunk != width:
+        packed = torch.nn.functional.pad(packed, (0, groups * chunk - width))
+    packed = packed.reshape(rows, groups, chunk)
+    fields = packed.new_zeros(rows, groups, period)
+    for element, byte, shift in _overlaps(number.bits):
+        fields[:, :, element] |= _shift(packed[:, :, byte], -shift)
+    codes = fields.bitwise_and_(2**number.bits - 1).add_(_field_offset(number) % 256)
+    return codes.view(number.storage).view(rows, groups * period)[:, :columns].contiguous()
 
 
-def _gcd(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
+def _check_packable(number: NumberFormat) -> None:
+    if number.bits >= 8:
+        raise FormatError(f"{number.name} has {number.bits} bits and is stored as it is; only fewer than 8 are packed")
+
+
+def _field_offset(number: NumberFormat) -> int:
+    return int(number.low) if number.kind == "int" else 0
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """Elements after which the pattern repeats on a byte boundary, and the bytes that they take."""
+    period = 8 // math.gcd(8, bits)
+    return period, period * bits // 8
+
+
+def _overlaps(bits: int) -> list[tuple[int, int, int]]:
+    """(element, byte, shift) of every field that has bits in a byte: field << shift, where < 0 means to the right."""
+    period, chunk = _period(bits)
+    shifts = [(element, byte, element * bits - byte * 8) for element in range(period) for byte in range(chunk)]
+    return [(element, byte, shift) for element, byte, shift in shifts if -bits < shift < 8]
+
+
+def _shift(values: Tensor, left: int) -> Tensor:
+    """Bytes shifted to the left, or to the right where `left` is negative; bits shifted out are lost."""
+    return values << left if left >= 0 else values >> -left

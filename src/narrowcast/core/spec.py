@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from narrowcast.core.formats import NumberFormat, number_format
 from narrowcast.core.granularity import (
@@ -10,7 +10,6 @@ from narrowcast.core.granularity import (
     PerChannel,
     PerGroup,
     PerTensor,
-    PerToken,
     block_shape,
     parse_granularity,
 )
@@ -19,6 +18,8 @@ from narrowcast.errors import FormatError
 SCALE_FORMATS = ("fp32", "fp16", "e8m0", "int8")
 # OCP Microscaling formats 1.0: blocks of 32 with a power-of-two scale.
 ALIASES = {"mxfp4": "fp4_e2m1/group32/scale:e8m0", "mxfp8": "fp8_e4m3/group32/scale:e8m0"}
+
+_UNSCALED = {"granularity": PerTensor(), "symmetric": True, "scale_format": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ class QuantSpec:
             raise FormatError(f"{self.format.name} holds scales, not weights or activations; choose another format")
         if not self.symmetric and self.format.kind != "int":
             raise FormatError(f"{self.format.name} has no zero point; leave out 'asym' or use an integer format")
+        if not isinstance(self.granularity, Granularity):
+            raise FormatError(f"a granularity is PerTensor(), PerChannel(), PerGroup(32) ..., got {self.granularity!r}")
+        if not self.format.scaled and vars(self) | _UNSCALED != vars(self):
+            raise FormatError(f"{self.format.name} carries no scales; write {self.format.name!r} alone")
         if self.symmetric and self.format.low == 0:
-            raise FormatError(f"{self.format.name} is unsigned, so it cannot be symmetric; write '/asym' or use a signed one")
+            raise FormatError(f"{self.format.name} is unsigned and cannot be symmetric; write '/asym' or a signed one")
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
@@ -61,21 +66,15 @@ class QuantSpec:
         """
         if not isinstance(text, str):
             raise FormatError(f"a format specification is a text like 'int4/group32/asym', got {type(text).__name__}")
-        parts = ALIASES.get(text.strip(), text.strip()).split("/")
-        number = number_format(parts[0])
-        given: dict[str, object] = {}
-        for part in parts[1:]:
-            key, value = _parse_part(part, text)
-            if key in given:
-                raise FormatError(f"specification {text!r}: {key} is given twice; keep one")
-            given[key] = value
-        default = PerTensor() if number.low == 0 or not number.scaled else PerChannel()
-        granularity = given.get("granularity", default)
-        assert isinstance(granularity, PerTensor | PerChannel | PerToken | PerGroup) or granularity is not None
-        symmetric = bool(given.get("symmetric", number.low != 0))
-        scale = str(given.get("scale", "fp16" if isinstance(granularity, PerGroup) else "fp32"))
+        head, *rest = ALIASES.get(text.strip(), text.strip()).split("/")
         try:
-            return cls(number, granularity, symmetric, scale)  # type: ignore[arg-type]
+            number = number_format(head)
+            given = _parse_parts(rest)
+            granularity = given.granularity
+            if granularity is None:
+                granularity = PerTensor() if number.low == 0 or not number.scaled else PerChannel()
+            symmetric = number.low != 0 if given.symmetric is None else given.symmetric
+            return cls(number, granularity, symmetric, given.scale_format or default_scale_format(granularity))
         except FormatError as error:
             raise FormatError(f"specification {text!r}: {error}") from None
 
@@ -85,7 +84,7 @@ class QuantSpec:
         parts = [self.format.name, str(self.granularity)]
         if not self.symmetric and self.format.low != 0:
             parts.append("asym")
-        if self.scale_format != ("fp16" if isinstance(self.granularity, PerGroup) else "fp32"):
+        if self.scale_format != default_scale_format(self.granularity):
             parts.append(f"scale:{self.scale_format}")
         return "/".join(parts)
 
@@ -116,15 +115,41 @@ class QuantSpec:
         return (shape[0] * row_bits + overhead) / (shape[0] * shape[1])
 
 
-def _parse_part(part: str, text: str) -> tuple[str, object]:
-    if part in ("sym", "asym"):
-        return "symmetric", part == "sym"
-    if part.startswith("scale:"):
-        return "scale", part.removeprefix("scale:")
+def default_scale_format(granularity: Granularity) -> str:
+    """The scale format where a spec names none: float16 for groups, of which there are many, else float32."""
+    return "fp16" if isinstance(granularity, PerGroup) else "fp32"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a text says after the format; None where it says nothing."""
+
+    granularity: Granularity | None = None
+    symmetric: bool | None = None
+    scale_format: str | None = None
+
+
+def _parse_parts(parts: list[str]) -> _Parts:
+    given = _Parts()
+    for part in parts:
+        if part in ("sym", "asym"):
+            found = _Parts(symmetric=part == "sym")
+        elif part.startswith("scale:"):
+            found = _Parts(scale_format=part.removeprefix("scale:"))
+        else:
+            found = _Parts(granularity=_parse_granularity_part(part))
+        said = {key: value for key, value in vars(found).items() if value is not None}
+        for key in said:
+            if getattr(given, key) is not None:
+                raise FormatError(f"{part!r} gives the {key.replace('_', ' ')} a second time; keep one")
+        given = replace(given, **said)
+    return given
+
+
+def _parse_granularity_part(part: str) -> Granularity:
     try:
-        return "granularity", parse_granularity(part)
-    except FormatError:
+        return parse_granularity(part)
+    except FormatError as error:
         raise FormatError(
-            f"specification {text!r}: part {part!r} is not known; after the format come tensor, channel, token, "
-            "group<size> or block<r>x<c>, then sym or asym, then scale:fp32|fp16|e8m0|int8"
+            f"part {part!r}: {error}; after the granularity come sym or asym and scale:{'|'.join(SCALE_FORMATS)}"
         ) from None
