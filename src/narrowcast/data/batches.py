@@ -10,6 +10,7 @@ it, NaN, something that is no tensor. Knows models only by the signature of `for
     tuple (inputs, targets) or dict of tensors    32 rows of each
     Texts(strings, tokenizer)                     tokenized, padded strings
     list of strings                               the same, with the tokenizer that lies beside the model
+    Pairs(first, second, scores)                  what `first` yields, then what `second` yields
     callable                                      one call `data(model)`, which runs the model as it likes
 
 A tuple's first elements, as many as `forward` has parameters without default (at least one), are inputs and the rest
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
+from narrowcast.data.pairs import Pairs
 from narrowcast.data.signature import Signature
 from narrowcast.data.texts import Texts, local_tokenizer
 from narrowcast.errors import DataError
@@ -78,6 +81,8 @@ def iterate(data: Any, model: nn.Module) -> Iterator[Batch]:
             samples, NaN or infinity in a floating input (minus infinity is allowed in masks), an unknown dictionary
             key or an input that is no tensor. The message names batch and position.
     """
+    if isinstance(data, Pairs):
+        return chain(iterate(data.first, model), iterate(data.second, model))
     if isinstance(data, Texts):
         return _checked(data.batches(model), data, model)
     if _is_strings(data):
@@ -89,6 +94,8 @@ def iterate(data: Any, model: nn.Module) -> Iterator[Batch]:
 
 def repeatable(data: Any) -> bool:
     """Whether `data` can be read again: False for generators and other iterators, which are spent after one pass."""
+    if isinstance(data, Pairs):
+        return repeatable(data.first) and repeatable(data.second)
     return not isinstance(data, Iterator)
 
 
