@@ -50,7 +50,7 @@ def find_pairs(model: nn.Module, run: Callable[[], Any] | None) -> FoldReport:
     """
     report = FoldReport()
     waiting = {path: module for path, module in model.named_modules() if isinstance(module, _BATCHNORMS)}
-    convolutions = {id(m): path for path, m in model.named_modules() if isinstance(m, _CONVOLUTIONS)}
+    has_convolutions = any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
     if not waiting:
         return report
     for path in [p for p, m in waiting.items() if m.running_mean is None or m.running_var is None]:
@@ -67,9 +67,8 @@ def find_pairs(model: nn.Module, run: Callable[[], Any] | None) -> FoldReport:
             if norm in waiting and convolution not in report.folded.values():
                 _decide(model, norm, convolution, evidence, report)
                 del waiting[norm]
-    paired_convolutions = bool(convolutions)
     for path in waiting:
-        report.kept[path] = _why_not_found(run is not None) if paired_convolutions else "no convolution before it"
+        report.kept[path] = _why_not_found(run is not None) if has_convolutions else "the model has no convolution"
     return report
 
 
@@ -77,7 +76,7 @@ def _decide(model: nn.Module, norm: str, convolution: str, evidence: str, report
     module = get_module(model, convolution)
     if kind_of(module) is None:
         report.kept[norm] = f"{convolution} is a {type(module).__name__}, whose weight cannot be rewritten"
-    elif sum(p is module.weight for p in model.parameters()) and _users(model, module.weight) > 1:
+    elif _users(model, module.weight) > 1:
         report.kept[norm] = f"the weight of {convolution} is used elsewhere too"
     else:
         report.folded[norm] = convolution
@@ -173,13 +172,14 @@ def _pairs_in_a_pass(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]
             handles.append(module.register_forward_hook(lambda m, a, o: mode.inside.pop() and None))
     try:
         with torch.no_grad(), mode:
-            run()
+            answer = run()
     finally:
         for handle in handles:
             handle.remove()
     pairs = {}
-    for path, _, consumers in mode.watched.values():
-        norms = set(consumers)
+    returned = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(answer)}
+    for path, output, consumers in mode.watched.values():
+        norms = set(consumers) | ({""} if id(output) in returned else set())
         if len(norms) == 1 and calls[path] == 1 and (norm := norms.pop()) and len(inputs[norm]) == 1:
             pairs[norm] = path
     return pairs

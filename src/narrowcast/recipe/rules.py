@@ -1,0 +1,213 @@
+"""Rule and Recipe: plain data, checked when made, written and read as JSON values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from narrowcast.core import PerToken, QuantSpec
+from narrowcast.errors import FormatError, RecipeError
+from narrowcast.methods import make_method
+from narrowcast.models import Layer
+from narrowcast.nn import activation_spec
+from narrowcast.observers import make_observer
+
+DEFAULT_OBSERVER = "mse"
+_RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm")
+
+
+@dataclass(frozen=True)
+class InputRule:
+    """How a layer's input is treated.
+
+    Args:
+        spec: "int8/token" (found at run time), "uint8/tensor" (static), "bf16" or "fp16" (a cast).
+        observer: what fixes a static range, e.g. "percentile(99.99)"; "" where the range is not static.
+    """
+
+    spec: QuantSpec
+    observer: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> InputRule:
+        """The input rule written as `text`: "int8/token" or "uint8/tensor static:percentile(99.99)".
+
+        Raises:
+            FormatError: no kernel takes such inputs, or the text has parts that mean nothing.
+            RecipeError: the observer is not known.
+        """
+        match = re.fullmatch(r"\s*(\S+?)(?:\s+static(?::(\S+))?)?\s*", text)
+        if match is None:
+            raise FormatError(f"input {text!r}: expected '<format>' or '<format> static:<observer>'")
+        spec = activation_spec(match[1])
+        is_static = spec.format.scaled and not isinstance(spec.granularity, PerToken)
+        if "static" in text.split(maxsplit=1)[-1] and not is_static:
+            raise FormatError(f"input {text!r}: {spec} has no static range; use 'uint8/tensor static:...'")
+        observer = (match[2] or DEFAULT_OBSERVER) if is_static else ""
+        if observer:
+            make_observer(observer)
+        return cls(spec, observer)
+
+    def __str__(self) -> str:
+        return f"{self.spec} static:{self.observer}" if self.observer else str(self.spec)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the layers that match.
+
+    Args:
+        layers: glob patterns on the layer's name; empty matches every name.
+        type: the layer's type ("Conv2d"); "" matches every type.
+        role: "embedding" or "head"; "" matches every role.
+        weight: format of the weight; None only with `keep`.
+        input: treatment of the input; None leaves it float.
+        method: the weight solver and its options, e.g. {"rtn": {"range": "absmax"}}.
+        keep: the reason to leave the layer as it is; "" quantizes it.
+        optional: whether the rule may match nothing.
+    """
+
+    layers: tuple[str, ...] = ()
+    type: str = ""
+    role: str = ""
+    weight: QuantSpec | None = None
+    input: InputRule | None = None
+    method: Mapping[str, Any] = field(default_factory=lambda: {"rtn": {}})
+    keep: str = ""
+    optional: bool = False
+
+    def matches(self, layer: Layer) -> bool:
+        """Whether the rule speaks of this layer."""
+        if self.layers and not any(fnmatchcase(layer.name, pattern) for pattern in self.layers):
+            return False
+        if self.type and self.type not in layer.types:
+            return False
+        return not self.role or self.role == layer.role
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "rule") -> Rule:
+        """The rule written as a table of a recipe file.
+
+        Raises:
+            RecipeError: a key is unknown or missing, or a value is not what the key takes; says where.
+        """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{where}: expected a table of keys, got {type(values).__name__}")
+        _refuse_unknown(values, _RULE_KEYS, where)
+        if ("weight" in values) == ("keep" in values):
+            raise RecipeError(f"{where}: needs exactly one of 'weight' (a format) and 'keep' (a reason)")
+        layers = values.get("layers", ())
+        layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        texts = {"type": "", "role": "", "keep": ""} | {k: values[k] for k in ("type", "role", "keep") if k in values}
+        for key, value in {**texts, **{f"layers[{i}]": text for i, text in enumerate(layers)}}.items():
+            if not isinstance(value, str):
+                raise RecipeError(f"{where}: {key} is a text, got {value!r}")
+        if texts["role"] not in ("", "embedding", "head"):
+            raise RecipeError(f"{where}: role {texts['role']!r} is not known; use 'embedding' or 'head'")
+        if not isinstance(values.get("optional", False), bool):
+            raise RecipeError(f"{where}: optional is true or false, got {values['optional']!r}")
+        if "keep" in values:
+            if not texts["keep"] or "input" in values or "method" in values:
+                raise RecipeError(f"{where}: 'keep' is a reason in words, and goes with neither 'input' nor 'method'")
+            return cls(layers, texts["type"], texts["role"], keep=texts["keep"], optional=values.get("optional", False))
+        return cls(
+            layers, texts["type"], texts["role"], _weight_spec(values["weight"], where),
+            _input_rule(values.get("input"), where), _method(values.get("method", {"rtn": {}}), where),
+            optional=values.get("optional", False),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` takes them back."""
+        values: dict[str, Any] = {"layers": list(self.layers)} if self.layers else {}
+        values |= {key: getattr(self, key) for key in ("type", "role", "keep") if getattr(self, key)}
+        if self.weight is not None:
+            values |= {"weight": str(self.weight), "method": dict(self.method)}
+        if self.input is not None:
+            values["input"] = str(self.input)
+        if self.optional:
+            values["optional"] = True
+        return values
+
+    def __str__(self) -> str:
+        parts = [f"{key} = {value!r}" for key, value in self.to_dict().items() if key in ("layers", "type", "role")]
+        return ", ".join(parts) or "every layer"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules; the first that matches a layer decides.
+
+    Args:
+        rules: in order.
+        name: for reports.
+        fold_batchnorm: whether BatchNorm is folded into the convolution before it.
+    """
+
+    rules: tuple[Rule, ...]
+    name: str = ""
+    fold_batchnorm: bool = True
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """The recipe of a TOML or JSON document.
+
+        Raises:
+            RecipeError: a key is unknown, there is no rule, or a rule is wrong; says which.
+        """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{where}: expected a document with [[rule]] tables, got {type(values).__name__}")
+        _refuse_unknown(values, _RECIPE_KEYS, where)
+        rules = values.get("rule", [])
+        if not isinstance(rules, list) or not rules:
+            raise RecipeError(f"{where}: has no [[rule]]; a recipe needs at least one")
+        fold = values.get("fold_batchnorm", True)
+        if not isinstance(fold, bool):
+            raise RecipeError(f"{where}: fold_batchnorm is true or false, got {fold!r}")
+        made = tuple(Rule.from_dict(rule, f"{where}: rule {index + 1}") for index, rule in enumerate(rules))
+        return cls(made, str(values.get("name", "")), fold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` takes them back."""
+        rules = [rule.to_dict() for rule in self.rules]
+        return {"name": self.name, "fold_batchnorm": self.fold_batchnorm, "rule": rules}
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: key {key!r} is not known; use {', '.join(known)}")
+
+
+def _weight_spec(text: Any, where: str) -> QuantSpec:
+    try:
+        spec = QuantSpec.parse(text)
+    except FormatError as error:
+        raise RecipeError(f"{where}: weight: {error}") from None
+    if isinstance(spec.granularity, PerToken):
+        raise RecipeError(f"{where}: weight {text!r}: a weight has no tokens; use channel or group<size>")
+    return spec
+
+
+def _input_rule(text: Any, where: str) -> InputRule | None:
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise RecipeError(f"{where}: input is a text like 'int8/token', got {text!r}")
+    try:
+        rule = InputRule.parse(text)
+    except (FormatError, RecipeError) as error:
+        raise RecipeError(f"{where}: {error}") from None
+    return None if rule.spec.format.name == "fp32" else rule
+
+
+def _method(values: Any, where: str) -> dict[str, Any]:
+    values = {values: {}} if isinstance(values, str) else values
+    try:
+        make_method(values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    return dict(values)
