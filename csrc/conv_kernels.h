@@ -61,8 +61,9 @@ struct ConvKernels {
   // Channel-planar floats to interleaved codes (channels rounded up to four are written); returns magnitude bits.
   uint32_t (*quantize_planes)(const float* source, int64_t plane_stride, int64_t channels, int64_t width,
                               CodeRange range, uint8_t* codes, int64_t pixel_stride);
-  // Consecutive floats to consecutive codes; returns magnitude bits.
-  uint32_t (*quantize_values)(const float* source, int64_t count, CodeRange range, uint8_t* codes);
+  // Channel-interleaved floats to interleaved codes; returns magnitude bits.
+  uint32_t (*quantize_pixels)(const float* source, int64_t source_stride, int64_t channels, int64_t width,
+                              CodeRange range, uint8_t* codes, int64_t pixel_stride);
   // [words * 4 pixels][16 channels] bytes to [words][16][4].
   void (*interleave_words)(const uint8_t* pixels, int64_t pixel_stride, int64_t words, uint8_t* output);
   int64_t tile_rows;  // rows of the largest register tile
@@ -71,7 +72,8 @@ struct ConvKernels {
   // Spreads taps [kernel_rows * kernel_columns][16] int8 over the byte positions of every phase.
   void (*depthwise_weights)(const int8_t* taps, int kernel_columns, int dilation, int stride, const DepthwiseRow& row,
                             int8_t* weights);
-  void (*depthwise_row)(const DepthwiseRow& row);
+  // `square`: the kernel size when it is square, undilated and `stride` is 1 or 2; else 0.
+  void (*depthwise_row)(const DepthwiseRow& row, int square, int stride);
   // Epilogue of [pixels][sums_stride] sums to channels-last (pixel_stride) or planar (plane_stride) output.
   void (*store_pixels)(const int32_t* sums, int64_t sums_stride, int64_t pixels, int64_t channels,
                        const Epilogue& epilogue, float* output, int64_t pixel_stride);

@@ -4,6 +4,10 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+// GCC 12 warns about its own _mm512_undefined_*() (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #define NC_INLINE static inline __attribute__((always_inline))
 
 namespace narrowcast {

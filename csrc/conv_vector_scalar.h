@@ -2,6 +2,9 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #define NC_INLINE static inline __attribute__((always_inline))
 

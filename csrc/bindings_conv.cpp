@@ -1,0 +1,254 @@
+// Torch bindings of conv2d_int8 and of its weight packing.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "binding.h"
+#include "conv_plan.h"
+
+namespace narrowcast {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr float kSmallestRange = 0x1p-100f;  // below this a sample counts as all zero: 127 / range would overflow
+
+void check_ints(const Ints& values, size_t count, int64_t smallest, const char* op, const char* name) {
+  NARROWCAST_CHECK(values.size() == count, op, name, " must have ", count, " entries, got ", values.size());
+  for (const int64_t value : values) {
+    NARROWCAST_CHECK(value >= smallest && value < (1 << 20), op, name, " holds ", value);
+  }
+}
+
+Tensor conv2d_int8_pack(Tensor weight, Ints kernel_size, int64_t groups) {
+  constexpr const char* op = "conv2d_int8_pack";
+  check_tensor(weight, ScalarType::Char, 2, op, "weight");
+  check_ints(kernel_size, 2, 1, op, "kernel_size");
+  const int64_t rows = weight.size(0), taps = kernel_size[0] * kernel_size[1];
+  NARROWCAST_CHECK(groups >= 1 && rows % groups == 0, op, groups, " groups do not divide ", rows, " output channels");
+  NARROWCAST_CHECK(rows > 0 && weight.size(1) > 0 && weight.size(1) % taps == 0, op, "weight ", shape_text(weight),
+                   " does not fit a kernel of ", taps, " taps");
+  weight = as_contiguous(weight);
+  const int64_t inputs = weight.size(1) / taps, bytes = packed_bytes(rows, inputs, taps, groups);
+  Tensor packed = empty_tensor(&bytes, 1, ScalarType::Char);
+  pack_weight(static_cast<const int8_t*>(weight.const_data_ptr()), rows, inputs, taps, groups,
+              static_cast<int8_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor conv2d_int8_unpack(Tensor packed, int64_t out_channels, int64_t inputs, Ints kernel_size, int64_t groups) {
+  constexpr const char* op = "conv2d_int8_unpack";
+  check_tensor(packed, ScalarType::Char, 1, op, "packed");
+  check_ints(kernel_size, 2, 1, op, "kernel_size");
+  NARROWCAST_CHECK(groups >= 1 && out_channels > 0 && inputs > 0 && out_channels % groups == 0, op, groups,
+                   " groups do not divide ", out_channels, " output channels");
+  const int64_t taps = kernel_size[0] * kernel_size[1];
+  NARROWCAST_CHECK(packed.numel() == packed_bytes(out_channels, inputs, taps, groups), op, "packed has ",
+                   packed.numel(), " bytes, expected ", packed_bytes(out_channels, inputs, taps, groups));
+  packed = as_contiguous(packed);
+  const int64_t sizes[] = {out_channels, inputs * taps};
+  Tensor weight = empty_tensor(sizes, 2, ScalarType::Char);
+  unpack_weight(static_cast<const int8_t*>(packed.const_data_ptr()), out_channels, inputs, taps, groups,
+                static_cast<int8_t*>(weight.mutable_data_ptr()));
+  return weight;
+}
+
+bool dense_sample(const ConvShape& s) {
+  if (s.interleaved) return s.column_stride == s.channels && s.row_stride == s.width * s.channels;
+  return s.column_stride == 1 && s.row_stride == s.width && s.channel_stride == s.width * s.height;
+}
+
+void read_strides(const Tensor& x, ConvShape& s) {
+  s.sample_stride = x.stride(0);
+  // A dimension of size one may have any stride.
+  s.column_stride = s.width > 1 ? x.stride(3) : s.channels > 1 && x.stride(1) == 1 ? s.channels : 1;
+  s.interleaved = s.channels > 1 && x.stride(1) == 1 && (s.column_stride == s.channels);
+  s.row_stride = s.height > 1 ? x.stride(2) : s.width * s.column_stride;
+  s.channel_stride = s.interleaved ? 1 : s.channels > 1 ? x.stride(1) : s.height * s.width;
+}
+
+// The input as float32 whose samples are gapless, planar or interleaved.
+Tensor dense_input(Tensor x, ConvShape& s) {
+  s.batch = x.size(0), s.channels = x.size(1), s.height = x.size(2), s.width = x.size(3);
+  read_strides(x, s);
+  if (x.scalar_type() == ScalarType::Float && dense_sample(s)) return x;
+  const bool keep = s.interleaved && dense_sample(s);
+  const int64_t sizes[] = {s.batch, s.channels, s.height, s.width};
+  const int64_t plane = s.height * s.width;
+  const int64_t planar[] = {s.channels * plane, plane, s.width, 1};
+  const int64_t interleaved[] = {s.channels * plane, 1, s.width * s.channels, s.channels};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, keep ? interleaved : planar,
+                                                         aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  Tensor copy(handle);
+  torch::stable::copy_(copy, x);
+  read_strides(copy, s);
+  return copy;
+}
+
+[[noreturn]] void fail_not_finite(const ConvShape& s, const float* input) {
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t c = 0; c < s.channels; ++c) {
+      for (int64_t y = 0; y < s.height; ++y) {
+        for (int64_t x = 0; x < s.width; ++x) {
+          const float* at = input + b * s.sample_stride + c * s.channel_stride + y * s.row_stride + x * s.column_stride;
+          if (!std::isfinite(*at)) fail("conv2d_int8", "Non-finite value in x at [", b, ", ", c, ", ", y, ", ", x, "]");
+        }
+      }
+    }
+  }
+  fail("conv2d_int8", "Non-finite value in x");
+}
+
+// One symmetric scale per sample: |x| up to absmax becomes -127..127, stored with 128 added.
+void measure_samples(const ConvShape& s, const float* input, const ConvKernels& kernels, CodeRange* range,
+                     float* scale) {
+  const int64_t values = s.channels * s.height * s.width;
+  const int64_t parts = std::max<int64_t>(1, values / 32768);
+  std::vector<uint32_t> bits(static_cast<size_t>(s.batch * parts));
+  for_each_task(s.batch * parts, s.batch * values > 65536, [&](int64_t task) {
+    const int64_t sample = task / parts, part = task % parts;
+    const int64_t begin = values * part / parts, end = values * (part + 1) / parts;
+    bits[static_cast<size_t>(task)] = kernels.magnitude_bits(input + sample * s.sample_stride + begin, end - begin, 0);
+  });
+  for (int64_t sample = 0; sample < s.batch; ++sample) {
+    const auto first = bits.begin() + sample * parts;
+    const uint32_t largest = *std::max_element(first, first + parts);
+    if (largest >= kInfinityBits) fail_not_finite(s, input);
+    float absmax;
+    std::memcpy(&absmax, &largest, 4);
+    const bool zero = absmax < kSmallestRange;
+    range[sample] = {zero ? 0.0f : 127.0f / absmax, -127.0f, 127.0f, 128};
+    scale[sample] = zero ? 1.0f : absmax / 127.0f;
+  }
+}
+
+void run_conv(ConvCall& call) {
+  const ConvShape& s = call.shape;
+  const ConvPlan plan = plan_conv(s, *call.kernels, static_cast<int64_t>(torch::stable::get_num_threads()));
+  const auto body = s.depthwise() ? depthwise_task : dense_task;
+  std::atomic<bool> bad{false};
+  for_each_task(plan.tasks(), plan.parallel, [&](int64_t task) {
+    auto* scratch = static_cast<uint8_t*>(workspace(Slot::codes, plan.scratch_bytes));
+    if (body(call, plan, task, scratch) >= kInfinityBits) bad.store(true, std::memory_order_relaxed);
+  });
+  if (bad.load()) fail_not_finite(s, call.input);
+}
+
+struct Geometry {
+  const Ints &kernel_size, &stride, &padding, &dilation, &upsample, &output_padding;
+};
+
+int64_t out_size(int64_t size, const Geometry& g, size_t axis) {
+  const int64_t upsampled = (size - 1) * g.upsample[axis] + 1;
+  const int64_t padded_size = upsampled + g.padding[axis] + g.padding[axis + 2] + g.output_padding[axis];
+  const int64_t reach = g.dilation[axis] * (g.kernel_size[axis] - 1) + 1;
+  return padded_size < reach ? 0 : (padded_size - reach) / g.stride[axis] + 1;
+}
+
+void set_shape(ConvShape& s, const Geometry& g, int64_t groups, int64_t out_channels, const Tensor& x) {
+  constexpr const char* op = "conv2d_int8";
+  check_ints(g.kernel_size, 2, 1, op, "kernel_size");
+  check_ints(g.stride, 2, 1, op, "stride");
+  check_ints(g.padding, 4, 0, op, "padding");
+  check_ints(g.dilation, 2, 1, op, "dilation");
+  check_ints(g.upsample, 2, 1, op, "upsample");
+  check_ints(g.output_padding, 2, 0, op, "output_padding");
+  NARROWCAST_CHECK(groups >= 1 && out_channels >= 1 && s.channels >= 1, op, "no channels or groups");
+  NARROWCAST_CHECK(s.channels % groups == 0 && out_channels % groups == 0, op, groups, " groups do not divide ",
+                   s.channels, " input and ", out_channels, " output channels");
+  s.out_channels = out_channels, s.groups = groups;
+  s.kernel_h = g.kernel_size[0], s.kernel_w = g.kernel_size[1], s.stride_h = g.stride[0], s.stride_w = g.stride[1];
+  s.top = g.padding[0], s.left = g.padding[1], s.dilation_h = g.dilation[0], s.dilation_w = g.dilation[1];
+  s.up_h = g.upsample[0], s.up_w = g.upsample[1];
+  s.out_height = out_size(s.height, g, 0), s.out_width = out_size(s.width, g, 1);
+  NARROWCAST_CHECK(s.height > 0 && s.width > 0 && s.out_height > 0 && s.out_width > 0, op, "x ", shape_text(x),
+                   " is smaller than the kernel");
+}
+
+Tensor new_output(const ConvShape& s) {
+  const int64_t sizes[] = {s.batch, s.out_channels, s.out_height, s.out_width};
+  const int64_t plane = s.out_height * s.out_width;
+  const int64_t planar[] = {s.out_channels * plane, plane, s.out_width, 1};
+  const int64_t interleaved[] = {s.out_channels * plane, 1, s.out_width * s.out_channels, s.out_channels};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, s.channels_last ? interleaved : planar,
+                                                         aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// Static: the one scale of the layer; dynamic: one per sample.
+void set_ranges(const ConvCall& call, const std::optional<Tensor>& input_scale, int64_t zero_point, CodeRange* range,
+                float* scale) {
+  constexpr const char* op = "conv2d_int8";
+  if (!input_scale) return measure_samples(call.shape, call.input, *call.kernels, range, scale);
+  check_tensor(*input_scale, ScalarType::Float, input_scale->dim(), op, "input_scale");
+  NARROWCAST_CHECK(input_scale->numel() == 1, op, "input_scale must have one entry");
+  NARROWCAST_CHECK(zero_point >= 0 && zero_point <= 255, op, "input_zero_point is ", zero_point, ", not 0..255");
+  const float step = *static_cast<const float*>(input_scale->const_data_ptr());
+  NARROWCAST_CHECK(std::isfinite(step) && std::isfinite(1.0f / step) && step > 0.0f, op, "input_scale is ", step);
+  const float zero = static_cast<float>(zero_point);
+  for (int64_t sample = 0; sample < call.shape.batch; ++sample) {
+    range[sample] = {1.0f / step, -zero, 255.0f - zero, static_cast<int32_t>(zero_point)};
+    scale[sample] = step;
+  }
+}
+
+const float* channel_values(const Tensor& tensor, int64_t channels, const char* name) {
+  NARROWCAST_CHECK(tensor.dim() == 1 && tensor.numel() == channels, "conv2d_int8", name, " ", shape_text(tensor),
+                   " for ", channels, " output channels");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
+                   std::optional<Tensor> input_scale, int64_t input_zero_point, Ints kernel_size, Ints stride,
+                   Ints padding, Ints dilation, int64_t groups, Ints upsample, Ints output_padding,
+                   bool channels_last) {
+  constexpr const char* op = "conv2d_int8";
+  const FloatType type = float_type(x, op, "x");
+  NARROWCAST_CHECK(x.dim() == 4, op, "x must have 4 dimensions, got shape ", shape_text(x));
+  check_tensor(packed, ScalarType::Char, 1, op, "packed");
+  check_tensor(scale, ScalarType::Float, 1, op, "scale");
+  check_tensor(weight_sum, ScalarType::Int, 1, op, "weight_sum");
+  ConvCall call{};
+  ConvShape& s = call.shape;
+  const int64_t outputs = scale.size(0);
+  const Tensor input = dense_input(x, s);
+  set_shape(s, {kernel_size, stride, padding, dilation, upsample, output_padding}, groups, outputs, x);
+  s.channels_last = channels_last;
+  const int64_t bytes = packed_bytes(outputs, s.group_inputs(), s.kernel_h * s.kernel_w, groups);
+  NARROWCAST_CHECK(packed.numel() == bytes, op, "packed has ", packed.numel(), " bytes, expected ", bytes);
+  packed = as_contiguous(packed), scale = as_contiguous(scale), weight_sum = as_contiguous(weight_sum);
+  const std::optional<Tensor> offsets = bias ? std::optional<Tensor>(as_float32(*bias, op, "bias")) : std::nullopt;
+  call.kernels = &kConvTiers.active();
+  call.input = static_cast<const float*>(input.const_data_ptr());
+  call.packed = static_cast<const int8_t*>(packed.const_data_ptr());
+  call.scale = channel_values(scale, outputs, "scale");
+  call.bias = offsets ? channel_values(*offsets, outputs, "bias") : nullptr;
+  channel_values(weight_sum, outputs, "weight_sum");
+  call.weight_sum = static_cast<const int32_t*>(weight_sum.const_data_ptr());
+  Tensor output = new_output(s);
+  call.output = static_cast<float*>(output.mutable_data_ptr());
+  std::vector<CodeRange> range(static_cast<size_t>(s.batch));
+  std::vector<float> sample_scale(static_cast<size_t>(s.batch));
+  set_ranges(call, input_scale, input_zero_point, range.data(), sample_scale.data());
+  call.range = range.data(), call.input_scale = sample_scale.data();
+  if (s.batch > 0) run_conv(call);
+  if (type == FloatType::float32) return output;
+  return torch::stable::to(output, x.scalar_type());
+}
+
+}  // namespace
+}  // namespace narrowcast
+
+STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, library) {
+  library.impl("conv2d_int8_pack", TORCH_BOX(&narrowcast::conv2d_int8_pack));
+  library.impl("conv2d_int8_unpack", TORCH_BOX(&narrowcast::conv2d_int8_unpack));
+  library.impl("conv2d_int8", TORCH_BOX(&narrowcast::conv2d_int8));
+}
