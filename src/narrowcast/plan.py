@@ -1,0 +1,239 @@
+"""Plan: a recipe laid over a model. Says what will happen to every weight, and why, without data and in seconds."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from narrowcast.core import QuantSpec
+from narrowcast.errors import RecipeError
+from narrowcast.kernels import kernel_name
+from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
+from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
+from narrowcast.report import format_bytes
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will happen to one weight.
+
+    Args:
+        layer: the weight.
+        weight: format it gets; None when it is kept.
+        input: treatment of its input; None leaves it float.
+        method: weight solver and options.
+        reason: why it is kept, or what is worth knowing.
+        bits_per_weight: stored bits, scales counted.
+        bytes_after: bytes of the weight.
+        kernel: what will multiply.
+        integer: whether that is an integer kernel.
+    """
+
+    layer: Layer
+    weight: QuantSpec | None = None
+    input: InputRule | None = None
+    method: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    bits_per_weight: float = 32.0
+    bytes_after: int = 0
+    kernel: str = ""
+    integer: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "layer": self.layer.name, "type": self.layer.type, "shape": list(self.layer.shape),
+            "outcome": "keep" if self.weight is None else "quantize", "reason": self.reason,
+            "weight": "" if self.weight is None else str(self.weight),
+            "input": "float" if self.input is None else str(self.input), "method": dict(self.method),
+            "bits_per_weight": self.bits_per_weight, "bytes_before": self.layer.bytes, "bytes_after": self.bytes_after,
+            "kernel": self.kernel,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to a model.
+
+    Args:
+        model: class name of the model.
+        recipe: the recipe.
+        layers: one entry per weight, in the model's order.
+        bytes_before, bytes_after: bytes of all weights listed.
+        peak_bytes: predicted peak of the tensors held while quantizing, the float model included, data excluded.
+        notes: decisions that concern no single layer.
+    """
+
+    model: str
+    recipe: Recipe
+    layers: list[LayerPlan]
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "model": self.model, "recipe": self.recipe.to_dict(), "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after, "predicted_peak_bytes": self.peak_bytes, "notes": list(self.notes),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        table = Table(title=f"plan for {self.model}, recipe {self.recipe.name or 'unnamed'}", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for name in ("shape", "weight", "input"):
+            table.add_column(name)
+        for name in ("bits", "before", "after"):
+            table.add_column(name, justify="right")
+        table.add_column("kernel or reason", overflow="fold")
+        for row in self.layers:
+            shape = "x".join(map(str, row.layer.shape))
+            weight = "keep" if row.weight is None else str(row.weight)
+            given = "" if row.weight is None else ("float" if row.input is None else str(row.input))
+            why = "; ".join(part for part in (row.reason, row.kernel) if part)
+            sizes = format_bytes(row.layer.bytes), format_bytes(row.bytes_after)
+            table.add_row(row.layer.name, shape, weight, given, f"{row.bits_per_weight:.2f}", *sizes, why)
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=160, force_terminal=False)
+        console.print(table)
+        share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+        sizes = format_bytes(self.bytes_before), format_bytes(self.bytes_after)
+        console.print(f"weights: {sizes[0]} -> {sizes[1]} ({share:.1%})", highlight=False)
+        console.print(f"predicted peak while quantizing: {format_bytes(self.peak_bytes)} and the data", highlight=False)
+        for note in self.notes:
+            console.print(f"note: {note}", highlight=False, markup=False)
+        return buffer.getvalue().rstrip()
+
+
+def plan(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe) -> Plan:
+    """What `quantize` would do with this model and recipe; needs no data and changes nothing.
+
+    Args:
+        model: any module, on the meta device too.
+        recipe: a preset name, a Recipe, a document, or a TOML or JSON file.
+
+    Raises:
+        RecipeError: the recipe cannot be read, a rule matches nothing, or asks for what no kernel does.
+    """
+    loaded = load_recipe(recipe)
+    adapter = TorchModel(model)
+    folds = find_pairs(adapter.model, None) if loaded.fold_batchnorm else FoldReport()
+    return make_plan(adapter, loaded, folds)
+
+
+def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
+    """The plan for an adapter whose BatchNorms are (or will be) folded as `folds` says."""
+    used: set[int] = set()
+    rows = [_plan_layer(adapter, layer, recipe, used, folds) for layer in adapter.layers()]
+    _refuse_unused(recipe, used, [row.layer for row in rows])
+    _refuse_torn_modules(rows)
+    before = sum(row.layer.bytes for row in rows)
+    after = sum(row.bytes_after for row in rows)
+    largest = max((row.layer.parameters for row in rows if row.weight is not None), default=0)
+    notes = [*adapter.notes, *(f"BatchNorm {norm} is folded into {conv}" for norm, conv in folds.folded.items())]
+    notes += [f"BatchNorm {norm} stays: {why}" for norm, why in folds.kept.items()]
+    # solving holds a float32 copy of one weight, its codes, and about three more of that size while it searches
+    return Plan(type(adapter.original).__name__, recipe, rows, before, after, before + after + 20 * largest, notes)
+
+
+def _plan_layer(adapter: TorchModel, layer: Layer, recipe: Recipe, used: set[int], folds: FoldReport) -> LayerPlan:
+    bits = 8.0 * layer.bytes / layer.parameters if layer.parameters else 32.0
+    owner = layer.sites[0].path
+    if owner in folds.folded:
+        return LayerPlan(layer, reason=f"folded into {folds.folded[owner]}", bits_per_weight=0.0)
+    kept = LayerPlan(layer, reason=layer.reason, bits_per_weight=bits, bytes_after=layer.bytes)
+    if layer.type == "Parameter":
+        return kept
+    index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if r.matches(layer)), (-1, None))
+    if rule is None:
+        return LayerPlan(layer, reason="no rule of the recipe matches it", bits_per_weight=bits, bytes_after=layer.bytes)
+    used.add(index)
+    if layer.reason:
+        return kept
+    if rule.weight is None:
+        return LayerPlan(layer, reason=rule.keep, bits_per_weight=bits, bytes_after=layer.bytes)
+    return _plan_quantized(adapter, layer, rule)
+
+
+def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
+    spec = rule.weight
+    assert spec is not None
+    shape = (layer.shape[0], layer.shape[1])
+    bits = spec.bits_per_value(shape)
+    mode = _mode(rule.input)
+    given, reason, kernel, integer = rule.input, "", "dequantized at each call, product in float", False
+    consumers = [site for site in layer.sites if adapter.takes_activation(site)]
+    if not consumers:
+        given, kernel = None, "row lookup"
+    elif mode in ("dynamic", "static"):
+        ops = {adapter.integer_op(site, spec, mode) for site in consumers}
+        if None in ops:
+            raise RecipeError(_no_kernel(layer, spec, rule))
+        kernel, integer = ", ".join(sorted(kernel_name(str(op)) for op in ops)), True
+    elif mode == "cast":
+        kernel = f"product in {rule.input}"
+    if len(layer.sites) > 1:
+        reason = "tied: " + ", ".join(site.path for site in layer.sites)
+    bytes_after = round(bits * layer.parameters / 8)
+    return LayerPlan(layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer)
+
+
+def _mode(rule: InputRule | None) -> str:
+    if rule is None:
+        return "float"
+    if not rule.spec.format.scaled:
+        return "cast"
+    return "static" if rule.observer else "dynamic"
+
+
+def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:
+    if layer.type in ("LSTM", "GRU"):
+        remedy = "recurrent layers run with weight 'int8/channel' and input 'int8/token'"
+    elif layer.type.startswith("Conv") and layer.type != "Conv1D":
+        remedy = "convolutions run with weight 'int8/channel' and input 'int8/token' or 'uint8/tensor static:...'"
+    else:
+        remedy = "linear layers run with 'int8/channel' and either input, or 'int4/group32[/asym]' and 'int8/token'"
+    return (
+        f"layer {layer.name!r} ({layer.type}): no integer kernel multiplies weights in {str(spec)!r} with inputs in "
+        f"{str(rule.input)!r}; {remedy}; or leave input out to multiply in float"
+    )
+
+
+def _refuse_unused(recipe: Recipe, used: set[int], layers: list[Layer]) -> None:
+    names = [layer.name for layer in layers if layer.type != "Parameter"]
+    types = sorted({kind for layer in layers for kind in layer.types} - {"Parameter"})
+    for index, rule in enumerate(recipe.rules):
+        if index in used or rule.optional:
+            continue
+        earlier = [layer for layer in layers if layer.type != "Parameter" and rule.matches(layer)]
+        if earlier:
+            why = f"every layer that it matches ({earlier[0].name!r}, ...) is taken by an earlier rule; move it up"
+        else:
+            close = difflib.get_close_matches(" ".join(rule.layers), names, n=3, cutoff=0.3) or names[:3]
+            why = f"it matches no layer; layers are for example {close}, types {types}"
+        raise RecipeError(f"recipe {recipe.name!r}, rule {index + 1} ({rule}): {why}; or mark it optional = true")
+
+
+def _refuse_torn_modules(rows: list[LayerPlan]) -> None:
+    """A module is replaced whole: its weights are quantized together and share the treatment of the input."""
+    modules: dict[str, LayerPlan] = {}
+    for row in rows:
+        for site in row.layer.sites:
+            if row.layer.type == "Parameter":
+                continue
+            first = modules.setdefault(site.path, row)
+            if (first.weight is None) != (row.weight is None) or first.input != row.input:
+                raise RecipeError(
+                    f"layers {first.layer.name!r} and {row.layer.name!r} belong to one module, {site.path!r}, and are "
+                    "replaced together; give both the same rule, by type or by a pattern that covers both"
+                )

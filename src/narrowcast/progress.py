@@ -1,0 +1,41 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing when not wanted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Step(Protocol):
+    """Tell what is worked on; `advance` counts one unit as done."""
+
+    def __call__(self, text: str, *, advance: int = 1) -> None: ...
+
+
+@contextmanager
+def progress_steps(title: str, total: int, *, enabled: bool) -> Iterator[Step]:
+    """Progress over `total` units, on standard error.
+
+    Args:
+        title: what the work is.
+        total: number of units.
+        enabled: whether to show anything.
+    """
+    if not enabled:
+        yield lambda text, *, advance=1: None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"{title}: {total} steps", file=sys.stderr)
+        yield lambda text, *, advance=1: None
+        print(f"{title}: done", file=sys.stderr)
+        return
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, *, advance=1: bar.update(task, description=text, advance=advance)
