@@ -1,0 +1,263 @@
+// Torch bindings of the linear ops: one call quantizes the activations, multiplies integers, scales and adds the bias.
+#include "binding.h"
+#include "linear.h"
+#include "quantize.h"
+
+#include <cstring>
+
+#include "float_types.h"
+
+namespace narrowcast {
+namespace {
+
+// Below this many multiply-accumulates (about 20 us) starting a second thread costs more than it brings.
+constexpr int64_t kSerialWork = int64_t{3} << 20;
+// Elements of x that one quantization task takes.
+constexpr int64_t kQuantizeTask = 16384;
+
+// The activation tensor seen as rows.
+struct Activations {
+  Tensor tensor;  // contiguous
+  FloatType type;
+  int64_t rows, depth;
+
+  const void* row(int64_t index) const {
+    return static_cast<const char*>(data) + index * depth * float_bytes(type);
+  }
+  const void* data;
+};
+
+Activations read_activations(const Tensor& x, const char* op) {
+  const int64_t dimensions = x.dim();
+  NARROWCAST_CHECK(dimensions >= 1, op, "x must have at least one dimension");
+  const FloatType type = float_type(x, op, "x");
+  Tensor tensor = as_contiguous(x);
+  const int64_t depth = tensor.size(dimensions - 1);
+  int64_t rows = 1;
+  for (int64_t axis = 0; axis + 1 < dimensions; ++axis) rows *= tensor.size(axis);
+  const void* data = tensor.const_data_ptr();
+  return {std::move(tensor), type, rows, depth, data};
+}
+
+Tensor empty_output(const Activations& x, int64_t columns) {
+  int64_t sizes[16];
+  const int64_t dimensions = x.tensor.dim();
+  NARROWCAST_CHECK(dimensions <= 16, "linear", "x has more than 16 dimensions");
+  std::memcpy(sizes, x.tensor.sizes().data(), static_cast<size_t>(dimensions) * sizeof(int64_t));
+  sizes[dimensions - 1] = columns;
+  return empty_tensor(sizes, dimensions, x.type);
+}
+
+void check_length(const Tensor& tensor, int64_t length, const char* op, const char* name) {
+  NARROWCAST_CHECK(tensor.dim() == 1 && tensor.size(0) == length, op, name, " must have shape [", length, "], got ",
+                   shape_text(tensor));
+}
+
+std::optional<Tensor> read_bias(const std::optional<Tensor>& bias, int64_t columns, const char* op) {
+  if (!bias.has_value()) return std::nullopt;
+  check_length(*bias, columns, op, "bias");
+  return as_float32(*bias, op, "bias");
+}
+
+const float* float_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// Runs quantize_row(row) -> finite for all rows on all threads and raises for the first row that is not finite.
+template <class QuantizeRow>
+void quantize_rows(const Activations& x, bool parallel, const char* op, const QuantizeRow& quantize_row) {
+  const int64_t block = x.depth > 0 ? divide_up(kQuantizeTask, x.depth) : x.rows;
+  std::atomic<int64_t> bad{x.rows};
+  for_each_task(divide_up(x.rows, block > 0 ? block : 1), parallel, [&](int64_t task) {
+    const int64_t end = (task + 1) * block < x.rows ? (task + 1) * block : x.rows;
+    for (int64_t row = task * block; row < end; ++row) {
+      if (__builtin_expect(quantize_row(row), 1)) continue;
+      int64_t first = bad.load();
+      while (row < first && !bad.compare_exchange_weak(first, row)) {
+      }
+      break;
+    }
+  });
+  NARROWCAST_CHECK(bad.load() == x.rows, op, "Non-finite value in row ", bad.load(), " of x");
+}
+
+// Splits [rows, columns] of the output into tiles of at most kColumnTile columns and runs them on all threads.
+template <class RunTile>
+void for_each_tile(int64_t rows, int64_t columns, bool parallel, const RunTile& run_tile) {
+  if (!parallel) {
+    run_tile(Range{0, rows}, Range{0, columns});
+    return;
+  }
+  const int64_t column_tiles = divide_up(columns, kColumnTile);
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  // Each part of the rows copies the weights once more: at least 48 rows pay for that.
+  int64_t row_parts = column_tiles >= wanted ? 1 : divide_up(wanted, column_tiles);
+  const int64_t most = rows / 48 > 1 ? rows / 48 : 1;
+  row_parts = row_parts < most ? row_parts : most;
+  const int64_t row_step = divide_up(rows, row_parts);
+  row_parts = divide_up(rows, row_step);
+  for_each_task(column_tiles * row_parts, true, [&](int64_t task) {
+    const int64_t column = task / row_parts * kColumnTile, row = task % row_parts * row_step;
+    run_tile(Range{row, row + row_step < rows ? row + row_step : rows},
+             Range{column, column + kColumnTile < columns ? column + kColumnTile : columns});
+  });
+}
+
+// A narrow row costs as much as several: reading the weights is the work then.
+bool is_parallel(int64_t rows, int64_t columns, int64_t depth) {
+  return (rows > 4 ? rows : 4) * columns * depth > kSerialWork && torch::stable::get_num_threads() > 1;
+}
+
+struct Int8Arguments {
+  Tensor weight, scale, weight_sum;
+  std::optional<Tensor> bias;
+};
+
+Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
+                        const std::optional<Tensor>& bias, const char* op) {
+  check_tensor(weight, ScalarType::Char, 2, op, "weight");
+  const int64_t columns = weight.size(0);
+  NARROWCAST_CHECK(weight.size(1) == x.depth, op, "x has ", x.depth, " input features, weight has ", weight.size(1));
+  // 255 * 128 * depth must fit in int32.
+  NARROWCAST_CHECK(x.depth <= 65536, op, "more than 65536 input features overflow the int32 sums");
+  check_tensor(scale, ScalarType::Float, 1, op, "scale");
+  check_length(scale, columns, op, "scale");
+  check_tensor(weight_sum, ScalarType::Int, 1, op, "weight_sum");
+  check_length(weight_sum, columns, op, "weight_sum");
+  return {as_contiguous(weight), as_contiguous(scale), as_contiguous(weight_sum), read_bias(bias, columns, op)};
+}
+
+// Quantizes by quantize_row(row, codes, &row_scale) and multiplies.
+template <class QuantizeRow>
+Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t zero_point, const char* op,
+                const QuantizeRow& quantize_row) {
+  const int64_t columns = arguments.weight.size(0), stride = round_up(x.depth > 0 ? x.depth : 1, 64);
+  Tensor out = empty_output(x, columns);
+  if (x.rows == 0 || columns == 0) return out;
+  const bool parallel = is_parallel(x.rows, columns, x.depth);
+  auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 4)));
+  auto* row_scale = reinterpret_cast<float*>(codes + x.rows * stride);
+  quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, op,
+                [&](int64_t row) { return quantize_row(row, codes + row * stride, row_scale + row); });
+  const Int8Linear problem = {codes, stride, row_scale, zero_point,
+                              static_cast<const int8_t*>(arguments.weight.const_data_ptr()),
+                              static_cast<const float*>(arguments.scale.const_data_ptr()),
+                              static_cast<const int32_t*>(arguments.weight_sum.const_data_ptr()),
+                              float_data(arguments.bias), x.depth, out.mutable_data_ptr(), columns, x.type};
+  const LinearKernels& kernels = kLinearTiers.active();
+  const int64_t scratch = kernels.int8_scratch(x.depth);
+  for_each_tile(x.rows, columns, parallel, [&](Range rows, Range part) {
+    kernels.int8_tile(problem, rows, part, workspace(Slot::panel, scratch));
+  });
+  return out;
+}
+
+Tensor linear_int8_dynamic(Tensor x_tensor, Tensor weight, Tensor scale, Tensor weight_sum,
+                           std::optional<Tensor> bias) {
+  constexpr const char* op = "linear_int8_dynamic";
+  const Activations x = read_activations(x_tensor, op);
+  const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, bias, op);
+  const QuantizeKernels& quantize = kQuantizeTiers.active();
+  return run_int8(x, arguments, 128, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
+    const uint32_t bits = quantize.absmax_bits(x.row(row), x.type, x.depth);
+    const bool zero = bits < kSmallestRangeBits;
+    *row_scale = zero ? 1.0f : bits_to_float(bits) / 127.0f;
+    if (bits >= kNonFiniteBits) return false;
+    quantize.to_uint8(x.row(row), x.type, x.depth, zero ? 0.0f : 127.0f / bits_to_float(bits), 128, codes);
+    return true;
+  });
+}
+
+Tensor linear_int8_static(Tensor x_tensor, Tensor weight, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
+                          double input_scale, int64_t input_zero_point) {
+  constexpr const char* op = "linear_int8_static";
+  const Activations x = read_activations(x_tensor, op);
+  const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, bias, op);
+  const auto step = static_cast<float>(input_scale);
+  const float inverse = 1.0f / step;
+  NARROWCAST_CHECK(step > 0.0f && inverse > 0.0f && inverse < bits_to_float(kNonFiniteBits), op,
+                   "input_scale must be a positive finite number, got ", input_scale);
+  NARROWCAST_CHECK(input_zero_point >= 0 && input_zero_point <= 255, op, "input_zero_point must be in 0..255, got ",
+                   input_zero_point);
+  const auto zero_point = static_cast<int32_t>(input_zero_point);
+  const QuantizeKernels& quantize = kQuantizeTiers.active();
+  return run_int8(x, arguments, zero_point, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
+    *row_scale = step;
+    return quantize.to_uint8(x.row(row), x.type, x.depth, inverse, zero_point, codes);
+  });
+}
+
+struct Int4Arguments {
+  Tensor weight, scale;
+  std::optional<Tensor> zero_point, bias;
+  int64_t columns, groups, blocks_per_group;
+};
+
+Int4Arguments read_int4(const Activations& x, const Tensor& weight, const Tensor& scale,
+                        const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias, int64_t group,
+                        const char* op) {
+  check_tensor(weight, ScalarType::Byte, 2, op, "weight");
+  const int64_t columns = weight.size(0);
+  NARROWCAST_CHECK(weight.size(1) == divide_up(x.depth, 2), op, "x has ", x.depth, " input features, weight has rows of ",
+                   weight.size(1), " bytes");
+  NARROWCAST_CHECK(group > 0 && (group % kActivationGroup == 0 || group >= x.depth), op,
+                   "group must be a multiple of 32 or the number of input features, got ", group);
+  const int64_t groups = divide_up(x.depth, group);
+  check_tensor(scale, ScalarType::Half, 2, op, "scale");
+  NARROWCAST_CHECK(scale.size(0) == columns && scale.size(1) == groups, op, "scale must have shape [", columns, ", ",
+                   groups, "], got ", shape_text(scale));
+  std::optional<Tensor> zeros;
+  if (zero_point.has_value()) {
+    check_tensor(*zero_point, ScalarType::Byte, 2, op, "zero_point");
+    NARROWCAST_CHECK(zero_point->size(0) == columns && zero_point->size(1) == groups, op,
+                     "zero_point must have shape [", columns, ", ", groups, "], got ", shape_text(*zero_point));
+    zeros = as_contiguous(*zero_point);
+  }
+  return {as_contiguous(weight), as_contiguous(scale), std::move(zeros), read_bias(bias, columns, op),
+          columns,               groups,               divide_up(group, kActivationGroup)};
+}
+
+Tensor linear_int4_dynamic(Tensor x_tensor, Tensor weight, Tensor scale, std::optional<Tensor> zero_point,
+                           std::optional<Tensor> bias, int64_t group) {
+  constexpr const char* op = "linear_int4_dynamic";
+  const Activations x = read_activations(x_tensor, op);
+  const Int4Arguments arguments = read_int4(x, weight, scale, zero_point, bias, group, op);
+  Tensor out = empty_output(x, arguments.columns);
+  if (x.rows == 0 || arguments.columns == 0) return out;
+  const int64_t stride = round_up(x.depth > 0 ? x.depth : 1, 128), blocks = stride / kActivationGroup;
+  const int64_t used = divide_up(x.depth, kActivationGroup);
+  const bool parallel = is_parallel(x.rows, arguments.columns, x.depth);
+  auto* codes = static_cast<int8_t*>(workspace(Slot::codes, x.rows * (stride + 8 * blocks)));
+  auto* code_scales = reinterpret_cast<float*>(codes + x.rows * stride);
+  auto* code_sums = reinterpret_cast<int32_t*>(code_scales + x.rows * blocks);
+  const QuantizeKernels& quantize = kQuantizeTiers.active();
+  quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, op, [&](int64_t row) {
+    const int64_t rest = static_cast<int64_t>(blocks - used);
+    std::memset(codes + row * stride + used * kActivationGroup, 0, static_cast<size_t>(rest * kActivationGroup));
+    std::memset(code_scales + row * blocks + used, 0, static_cast<size_t>(rest) * sizeof(float));
+    std::memset(code_sums + row * blocks + used, 0, static_cast<size_t>(rest) * sizeof(int32_t));
+    return quantize.to_int8_groups(x.row(row), x.type, x.depth, codes + row * stride, code_scales + row * blocks,
+                                   code_sums + row * blocks);
+  });
+  const Int4Linear problem = {
+      codes, stride, code_scales, code_sums, blocks, static_cast<const uint8_t*>(arguments.weight.const_data_ptr()),
+      static_cast<const uint16_t*>(arguments.scale.const_data_ptr()),
+      arguments.zero_point.has_value() ? static_cast<const uint8_t*>(arguments.zero_point->const_data_ptr()) : nullptr,
+      arguments.groups, arguments.blocks_per_group, float_data(arguments.bias), x.depth, out.mutable_data_ptr(),
+      arguments.columns, x.type};
+  const LinearKernels& kernels = kLinearTiers.active();
+  const int64_t scratch = kernels.int4_scratch(x.depth);
+  for_each_tile(x.rows, arguments.columns, parallel, [&](Range rows, Range part) {
+    kernels.int4_tile(problem, rows, part, workspace(Slot::panel, scratch));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace narrowcast
+
+STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, library) {
+  library.impl("linear_int8_dynamic", TORCH_BOX(&narrowcast::linear_int8_dynamic));
+  library.impl("linear_int8_static", TORCH_BOX(&narrowcast::linear_int8_static));
+  library.impl("linear_int4_dynamic", TORCH_BOX(&narrowcast::linear_int4_dynamic));
+}

@@ -1,0 +1,113 @@
+// int4 linear tile, AVX2: vpmaddubsw with the nibbles as the unsigned operand. Two sums of 15 * 127 * 2 fit in int16,
+// so nothing saturates. Four stored weight rows and two blocks of 32 at a time; scales are spread once per four columns.
+#include "linear.h"
+
+#include <string.h>
+
+#include "simd_avx2.h"
+
+namespace narrowcast {
+namespace {
+
+constexpr int64_t kColumns = 4;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What the rows share: four columns' weights, scales [pairs][2][4] and zero points [pairs][2][4].
+struct Columns {
+  const uint8_t* weight[kColumns];
+  float* scales;
+  int32_t* zero_points;
+  int64_t row_bytes, blocks;
+};
+
+void expand_groups(const Int4Linear& problem, int64_t column, int64_t count, const Columns& columns) {
+  for (int64_t block = 0; block < (columns.blocks + 1) / 2 * 2; ++block) {
+    const int64_t group = smaller(block / problem.blocks_per_group, problem.groups - 1);
+    for (int64_t c = 0; c < kColumns; ++c) {
+      const int64_t index = (column + smaller(c, count - 1)) * problem.groups + group;
+      const __m128i half = _mm_cvtsi32_si128(problem.scale[index]);
+      columns.scales[block * kColumns + c] = _mm_cvtss_f32(_mm_cvtph_ps(half));
+      columns.zero_points[block * kColumns + c] = problem.zero_point != nullptr ? problem.zero_point[index] : 8;
+    }
+  }
+}
+
+inline __m256i two_blocks(const uint8_t* weight, int64_t bytes) {
+  if (bytes >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+  alignas(32) uint8_t padded[32] = {};
+  memcpy(padded, weight, static_cast<size_t>(bytes));
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(padded));
+}
+
+// Per block (128-bit lane) four partial sums of nibble * code.
+inline __m256i block_sums(__m256i bytes, __m256i evens, __m256i odds) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, evens), _mm256_maddubs_epi16(high, odds));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// One value per 128-bit lane from two neighbours in memory.
+inline __m256i spread(const int32_t* values) {
+  return _mm256_set_m128i(_mm_set1_epi32(values[1]), _mm_set1_epi32(values[0]));
+}
+
+__m128 dot_row(const Int4Linear& problem, int64_t row, const Columns& columns) {
+  const int8_t* codes = problem.codes + row * problem.code_stride;
+  const float* code_scales = problem.code_scales + row * problem.block_stride;
+  const int32_t* code_sums = problem.code_sums + row * problem.block_stride;
+  __m128 total = _mm_setzero_ps();
+  for (int64_t block = 0; block < columns.blocks; block += 2, codes += 64) {
+    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32));
+    const __m256i evens = _mm256_permute2x128_si256(first, second, 0x20);
+    const __m256i odds = _mm256_permute2x128_si256(first, second, 0x31);
+    __m256i sums[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) {
+      const __m256i bytes = two_blocks(columns.weight[c] + 16 * block, columns.row_bytes - 16 * block);
+      sums[c] = block_sums(bytes, evens, odds);
+    }
+    const __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+    const __m256i zero_point =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns.zero_points + block * kColumns));
+    const __m256i correction = _mm256_mullo_epi32(zero_point, spread(code_sums + block));
+    const __m256 code_scale =
+        _mm256_set_m128(_mm_set1_ps(code_scales[block + 1]), _mm_set1_ps(code_scales[block]));
+    const __m256 step = _mm256_mul_ps(code_scale, _mm256_loadu_ps(columns.scales + block * kColumns));
+    const __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sum, correction)), step);
+    total = _mm_add_ps(total, _mm256_castps256_ps128(term));
+    if (block + 1 < columns.blocks) total = _mm_add_ps(total, _mm256_extractf128_ps(term, 1));
+  }
+  return total;
+}
+
+}  // namespace
+
+void int4_tile_avx2(const Int4Linear& problem, Range rows, Range range, void* scratch) {
+  Columns columns;
+  columns.row_bytes = (problem.depth + 1) / 2;
+  columns.blocks = (problem.depth + 31) / 32;
+  columns.scales = static_cast<float*>(scratch);
+  columns.zero_points = reinterpret_cast<int32_t*>(columns.scales + (columns.blocks + 1) * kColumns);
+  for (int64_t column = range.begin; column < range.end; column += kColumns) {
+    const int64_t count = smaller(kColumns, range.end - column);
+    for (int64_t c = 0; c < kColumns; ++c) {
+      columns.weight[c] = problem.weight + (column + smaller(c, count - 1)) * columns.row_bytes;
+    }
+    expand_groups(problem, column, count, columns);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      float totals[kColumns];
+      _mm_storeu_ps(totals, dot_row(problem, row, columns));
+      for (int64_t c = 0; c < count; ++c) {
+        const float value = problem.bias != nullptr ? totals[c] + problem.bias[column + c] : totals[c];
+        store_float(problem.out, problem.out_type, row * problem.out_stride + column + c, value);
+      }
+    }
+  }
+}
+
+int64_t int4_scratch_avx2(int64_t depth) { return ((depth + 31) / 32 + 1) * 2 * 4 * kColumns; }
+
+}  // namespace narrowcast

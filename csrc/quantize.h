@@ -1,0 +1,36 @@
+// Activation quantizers: float32, bfloat16 or float16 values to 8-bit codes. All tiers give the same bits.
+#pragma once
+
+#include "kernels.h"
+
+namespace narrowcast {
+
+// Bit pattern of +infinity: a larger or equal absmax_bits result means that a value is not finite.
+constexpr uint32_t kNonFiniteBits = 0x7f800000u;
+// Bit pattern of 2^-100: a smaller largest magnitude counts as all zero, since 127 / range would overflow.
+constexpr uint32_t kSmallestRangeBits = 0x0d800000u;
+constexpr int64_t kActivationGroup = 32;
+
+struct QuantizeKernels {
+  // The largest |x| as the bit pattern of a float32; >= kNonFiniteBits when a value is NaN or infinite.
+  uint32_t (*absmax_bits)(const void* x, FloatType type, int64_t count);
+
+  // codes = clamp(rne(x * inverse) + zero_point, 0, 255). False when a value is not finite.
+  bool (*to_uint8)(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes);
+
+  // Symmetric int8 per group of 32 of one row. Writes ceil(count / 32) groups: 32 codes each (the 16 even elements,
+  // then the 16 odd ones, zeros past the end), their scale and their sum. False when a value is not finite.
+  bool (*to_int8_groups)(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums);
+};
+
+extern const QuantizeKernels quantize_scalar;
+extern const QuantizeKernels quantize_avx2;
+extern const QuantizeKernels quantize_avx512vnni;
+
+#if NARROWCAST_X86
+constexpr Tiers<QuantizeKernels> kQuantizeTiers = {{&quantize_scalar, &quantize_avx2, &quantize_avx512vnni}};
+#else
+constexpr Tiers<QuantizeKernels> kQuantizeTiers = {{&quantize_scalar, &quantize_scalar, &quantize_scalar}};
+#endif
+
+}  // namespace narrowcast

@@ -1,0 +1,118 @@
+// Activation quantizers, AVX2: 32 values per step.
+#include "quantize.h"
+
+#include "simd_avx2.h"
+
+namespace narrowcast {
+namespace {
+
+inline __m256i magnitude_bits(__m256 value) {
+  return _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff));
+}
+
+inline uint32_t largest_lane(__m256i value) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+}
+
+// Four times 8 int32 in -128..255 range of int16 to 32 bytes in order; `pack16` is packs or packus.
+#define NARROWCAST_PACK32(pack16, a, b, c, d)                                                                  \
+  _mm256_permutevar8x32_epi32(pack16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)),                      \
+                              _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+
+template <FloatType type>
+uint32_t absmax_of(const void* x, int64_t count) {
+  __m256i largest = _mm256_setzero_si256();
+  int64_t index = 0;
+  for (; index + 8 <= count; index += 8) largest = _mm256_max_epi32(largest, magnitude_bits(load8<type>(x, index)));
+  if (index < count) largest = _mm256_max_epi32(largest, magnitude_bits(load8_tail<type>(x, index, count - index)));
+  return largest_lane(largest);
+}
+
+struct Uint8Step {
+  __m256 inverse, low, high;
+  __m256i zero_point, largest;
+
+  __m256i codes(__m256 value) {
+    largest = _mm256_max_epi32(largest, magnitude_bits(value));
+    const __m256 step = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(value, inverse), low), high);
+    return _mm256_add_epi32(_mm256_cvtps_epi32(step), zero_point);
+  }
+};
+
+template <FloatType type>
+bool uint8_of(const void* x, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
+  Uint8Step step = {_mm256_set1_ps(inverse), _mm256_set1_ps(static_cast<float>(-zero_point)),
+                    _mm256_set1_ps(static_cast<float>(255 - zero_point)), _mm256_set1_epi32(zero_point),
+                    _mm256_setzero_si256()};
+  int64_t index = 0;
+  for (; index + 32 <= count; index += 32) {
+    const __m256i a = step.codes(load8<type>(x, index)), b = step.codes(load8<type>(x, index + 8));
+    const __m256i c = step.codes(load8<type>(x, index + 16)), d = step.codes(load8<type>(x, index + 24));
+    const __m256i bytes = NARROWCAST_PACK32(_mm256_packus_epi16, a, b, c, d);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + index), bytes);
+  }
+  for (; index < count; index += 8) {
+    const int64_t length = count - index < 8 ? count - index : 8;
+    int32_t lanes[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), step.codes(load8_tail<type>(x, index, length)));
+    for (int64_t lane = 0; lane < length; ++lane) codes[index + lane] = static_cast<uint8_t>(lanes[lane]);
+  }
+  return largest_lane(step.largest) < kNonFiniteBits;
+}
+
+template <FloatType type>
+bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+  const __m256i evens_first = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
+    __m256 values[4];
+    __m256i largest = _mm256_setzero_si256();
+    for (int part = 0; part < 4; ++part) {
+      const int64_t index = start + 8 * part, left = count - index;
+      values[part] = left >= 8 ? load8<type>(x, index) : load8_tail<type>(x, index, left);
+      largest = _mm256_max_epi32(largest, magnitude_bits(values[part]));
+    }
+    const uint32_t bits = largest_lane(largest);
+    if (bits >= kNonFiniteBits) return false;
+    const bool zero = bits < kSmallestRangeBits;
+    const __m256 inverse = _mm256_set1_ps(zero ? 0.0f : 127.0f / bits_to_float(bits));
+    __m256i steps[4];
+    for (int part = 0; part < 4; ++part) steps[part] = _mm256_cvtps_epi32(_mm256_mul_ps(values[part], inverse));
+    const __m256i bytes = NARROWCAST_PACK32(_mm256_packs_epi16, steps[0], steps[1], steps[2], steps[3]);
+    const __m256i split = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, evens_first), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), split);
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(steps[0], steps[1]), _mm256_add_epi32(steps[2], steps[3]));
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    *sums++ = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+    *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
+  }
+  return true;
+}
+
+uint32_t absmax_bits(const void* x, FloatType type, int64_t count) {
+  if (type == FloatType::float32) return absmax_of<FloatType::float32>(x, count);
+  if (type == FloatType::bfloat16) return absmax_of<FloatType::bfloat16>(x, count);
+  return absmax_of<FloatType::float16>(x, count);
+}
+
+bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
+  if (type == FloatType::float32) return uint8_of<FloatType::float32>(x, count, inverse, zero_point, codes);
+  if (type == FloatType::bfloat16) return uint8_of<FloatType::bfloat16>(x, count, inverse, zero_point, codes);
+  return uint8_of<FloatType::float16>(x, count, inverse, zero_point, codes);
+}
+
+bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+  if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
+  if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
+  return int8_groups_of<FloatType::float16>(x, count, codes, scales, sums);
+}
+
+}  // namespace
+
+const QuantizeKernels quantize_avx2 = {absmax_bits, to_uint8, to_int8_groups};
+
+}  // namespace narrowcast

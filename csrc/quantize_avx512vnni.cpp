@@ -1,0 +1,109 @@
+// Activation quantizers, AVX-512: 64 values per step.
+#include "quantize.h"
+
+#include "float_types.h"
+#include "simd_avx512.h"
+
+namespace narrowcast {
+namespace {
+
+inline __m512i magnitude_bits(__m512 value) {
+  return _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
+}
+
+template <FloatType type>
+uint32_t absmax_of(const void* x, int64_t count) {
+  __m512i largest[4] = {};
+  int64_t index = 0;
+  for (; index + 64 <= count; index += 64) {
+    for (int part = 0; part < 4; ++part) {
+      largest[part] = _mm512_max_epi32(largest[part], magnitude_bits(load16<type>(x, index + 16 * part, 0xffff)));
+    }
+  }
+  for (; index < count; index += 16) {
+    largest[0] = _mm512_max_epi32(largest[0], magnitude_bits(load16<type>(x, index, lanes16(count - index))));
+  }
+  largest[0] = _mm512_max_epi32(_mm512_max_epi32(largest[0], largest[1]), _mm512_max_epi32(largest[2], largest[3]));
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest[0]));
+}
+
+struct Uint8Step {
+  __m512 inverse, low, high;
+  __m512i zero_point, largest;
+
+  __m512i codes(__m512 value) {
+    largest = _mm512_max_epi32(largest, magnitude_bits(value));
+    const __m512 step = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(value, inverse), low), high);
+    return _mm512_add_epi32(_mm512_cvtps_epi32(step), zero_point);
+  }
+};
+
+template <FloatType type>
+bool uint8_of(const void* x, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
+  Uint8Step step = {_mm512_set1_ps(inverse), _mm512_set1_ps(static_cast<float>(-zero_point)),
+                    _mm512_set1_ps(static_cast<float>(255 - zero_point)), _mm512_set1_epi32(zero_point),
+                    _mm512_setzero_si512()};
+  // packs works inside 128-bit lanes: this permutation restores the order of the 16 dwords.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int64_t index = 0;
+  for (; index + 64 <= count; index += 64) {
+    const __m512i first = _mm512_packs_epi32(step.codes(load16<type>(x, index, 0xffff)),
+                                             step.codes(load16<type>(x, index + 16, 0xffff)));
+    const __m512i second = _mm512_packs_epi32(step.codes(load16<type>(x, index + 32, 0xffff)),
+                                              step.codes(load16<type>(x, index + 48, 0xffff)));
+    _mm512_storeu_si512(codes + index, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second)));
+  }
+  for (; index < count; index += 16) {
+    const __mmask16 mask = lanes16(count - index);
+    _mm512_mask_cvtepi32_storeu_epi8(codes + index, mask, step.codes(load16<type>(x, index, mask)));
+  }
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(step.largest)) < kNonFiniteBits;
+}
+
+template <FloatType type>
+bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+  // Even elements of each lane to its low half; then the two low halves together.
+  const __m256i evens_first = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
+    const __m512 low = load16<type>(x, start, lanes16(count - start));
+    const __m512 high = load16<type>(x, start + 16, lanes16(count - start - 16));
+    const auto bits =
+        static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_max_epi32(magnitude_bits(low), magnitude_bits(high))));
+    if (bits >= kNonFiniteBits) return false;
+    const bool zero = bits < kSmallestRangeBits;
+    const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / bits_to_float(bits));
+    const __m512i low_codes = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+    const __m512i high_codes = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+    const __m256i joined = _mm256_set_m128i(_mm512_cvtepi32_epi8(high_codes), _mm512_cvtepi32_epi8(low_codes));
+    const __m256i split = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(joined, evens_first), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), split);
+    *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
+    *sums++ = _mm512_reduce_add_epi32(_mm512_add_epi32(low_codes, high_codes));
+  }
+  return true;
+}
+
+uint32_t absmax_bits(const void* x, FloatType type, int64_t count) {
+  if (type == FloatType::float32) return absmax_of<FloatType::float32>(x, count);
+  if (type == FloatType::bfloat16) return absmax_of<FloatType::bfloat16>(x, count);
+  return absmax_of<FloatType::float16>(x, count);
+}
+
+bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
+  if (type == FloatType::float32) return uint8_of<FloatType::float32>(x, count, inverse, zero_point, codes);
+  if (type == FloatType::bfloat16) return uint8_of<FloatType::bfloat16>(x, count, inverse, zero_point, codes);
+  return uint8_of<FloatType::float16>(x, count, inverse, zero_point, codes);
+}
+
+bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+  if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
+  if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
+  return int8_groups_of<FloatType::float16>(x, count, codes, scales, sums);
+}
+
+}  // namespace
+
+const QuantizeKernels quantize_avx512vnni = {absmax_bits, to_uint8, to_int8_groups};
+
+}  // namespace narrowcast

@@ -1,0 +1,59 @@
+// Activation quantizers, portable bodies.
+#include "quantize.h"
+
+#include <math.h>
+
+#include "float_types.h"
+
+namespace narrowcast {
+namespace {
+
+uint32_t absmax_bits(const void* x, FloatType type, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t index = 0; index < count; ++index) {
+    const uint32_t bits = float_to_bits(load_float(x, type, index)) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
+  const float low = static_cast<float>(-zero_point), high = static_cast<float>(255 - zero_point);
+  bool finite = true;
+  for (int64_t index = 0; index < count; ++index) {
+    const float value = load_float(x, type, index);
+    finite &= (float_to_bits(value) & 0x7fffffffu) < kNonFiniteBits;
+    float step = value * inverse;
+    step = step > low ? step : low;
+    step = step < high ? step : high;
+    codes[index] = static_cast<uint8_t>(static_cast<int32_t>(lrintf(step)) + zero_point);
+  }
+  return finite;
+}
+
+bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+  for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
+    const int64_t length = count - start < kActivationGroup ? count - start : kActivationGroup;
+    float values[kActivationGroup] = {};
+    for (int64_t index = 0; index < length; ++index) values[index] = load_float(x, type, start + index);
+    const uint32_t bits = absmax_bits(values, FloatType::float32, length);
+    if (bits >= kNonFiniteBits) return false;
+    const bool zero = bits < kSmallestRangeBits;
+    const float inverse = zero ? 0.0f : 127.0f / bits_to_float(bits);
+    int32_t sum = 0;
+    for (int64_t index = 0; index < kActivationGroup; ++index) {
+      const auto code = static_cast<int32_t>(lrintf(values[index] * inverse));
+      codes[(index >> 1) + 16 * (index & 1)] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
+    *sums++ = sum;
+  }
+  return true;
+}
+
+}  // namespace
+
+const QuantizeKernels quantize_scalar = {absmax_bits, to_uint8, to_int8_groups};
+
+}  // namespace narrowcast

@@ -1,0 +1,54 @@
+"""Random arguments of the linear ops, shared by the linear tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from narrowcast import kernels
+
+ROWS = (0, 1, 2, 3, 5, 17)
+COLUMNS = (1, 3, 15, 17, 64, 100)
+DEPTHS = (1, 2, 31, 32, 33, 64, 100, 172, 384, 385)
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(value * 1009**index for index, value in enumerate(seed)))
+
+
+def int8_arguments(rows: int, columns: int, depth: int, *, bias: bool = True) -> tuple[Tensor | None, ...]:
+    """(x, weight, scale, weight_sum, bias) with a wide spread of row magnitudes."""
+    random = generator(rows, columns, depth)
+    x = torch.randn(rows, depth, generator=random) * torch.logspace(-3, 3, max(rows, 1))[:rows, None]
+    weight = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, generator=random)
+    scale = torch.rand(columns, generator=random) + 0.01
+    weight_sum = weight.sum(dim=1, dtype=torch.int32)
+    return x, weight, scale, weight_sum, torch.randn(columns, generator=random) if bias else None
+
+
+def int4_arguments(
+    rows: int, columns: int, depth: int, *, group: int = 32, asymmetric: bool = False, bias: bool = True
+) -> tuple[Tensor | int | None, ...]:
+    """(x, weight, scale, zero_point, bias, group)."""
+    random = generator(rows, columns, depth, group)
+    groups = -(-depth // group)
+    x = torch.randn(rows, depth, generator=random) * torch.logspace(-3, 3, max(rows, 1))[:rows, None]
+    weight = torch.randint(0, 256, (columns, -(-depth // 2)), dtype=torch.uint8, generator=random)
+    scale = (torch.rand(columns, groups, generator=random) + 0.01).half()
+    zero_point = torch.randint(0, 16, (columns, groups), dtype=torch.uint8, generator=random) if asymmetric else None
+    return x, weight, scale, zero_point, torch.randn(columns, generator=random) if bias else None, group
+
+
+def native(name: str, *arguments: object) -> Tensor:
+    return getattr(torch.ops.narrowcast, name)(*arguments)
+
+
+def reference(name: str, *arguments: object) -> Tensor:
+    return kernels.OPS[name].reference(*arguments)
+
+
+def assert_same(name: str, *arguments: object) -> None:
+    """The native body gives the reference's bits, shape and dtype."""
+    got, expected = native(name, *arguments), reference(name, *arguments)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    assert torch.equal(got, expected), (got.float() - expected.float()).abs().max()
