@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from benchmarks.kit.base import Batch, KitModel, MissingDataError, Scores, data_folder, run
+from benchmarks.kit.base import Batch, KitModel, MissingDataError, Scores, data_folder, on_meta, run
 
 CALIBRATION_SENTENCES = 256
 LONGEST = 128
@@ -136,6 +136,7 @@ KIT = KitModel(
     architecture=architecture,
     weights=weights,
     load=load,
+    skeleton=partial(on_meta, architecture),
     build=build,
     calibration=calibration,
     outputs=outputs,

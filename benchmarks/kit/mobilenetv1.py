@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped
+from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped, on_meta
 from benchmarks.kit.images import classification_scores, image_batches, read_images, to_unit_range
 
 CALIBRATION = slice(0, 200)
@@ -96,6 +96,7 @@ KIT = KitModel(
     architecture=MobileNetV1,
     weights=weights,
     load=partial(load_mapped, MobileNetV1),
+    skeleton=partial(on_meta, MobileNetV1),
     build=build,
     calibration=calibration,
     outputs=outputs,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped
+from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped, on_meta
 from benchmarks.kit.images import classification_scores, image_batches, normalize, read_images
 
 CALIBRATION = slice(0, 256)
@@ -115,6 +115,7 @@ KIT = KitModel(
     architecture=MobileNetV2,
     weights=weights,
     load=partial(load_mapped, MobileNetV2),
+    skeleton=partial(on_meta, MobileNetV2),
     build=build,
     calibration=calibration,
     outputs=outputs,

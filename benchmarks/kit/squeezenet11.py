@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped
+from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped, on_meta
 from benchmarks.kit.images import classification_scores, image_batches, normalize, read_images
 
 CALIBRATION = slice(0, 200)
@@ -99,6 +99,7 @@ KIT = KitModel(
     architecture=SqueezeNet,
     weights=weights,
     load=partial(load_mapped, SqueezeNet),
+    skeleton=partial(on_meta, SqueezeNet),
     build=build,
     calibration=calibration,
     outputs=outputs,

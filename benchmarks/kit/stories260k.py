@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, data_folder
@@ -123,15 +122,6 @@ def build() -> nn.Module:
     return build_copied(Stories, weights())
 
 
-def load(path: Path) -> nn.Module:
-    """The trained decoder on the mapped file."""
-    with torch.device("meta"):
-        model = Stories()
-    state = load_file(path)
-    model.load_state_dict(state | {"output.weight": state["tok_embeddings.weight"]}, assign=True)
-    return model.eval()
-
-
 @lru_cache(maxsize=1)
 def stories() -> list[list[int]]:
     """Token ids of the 174 stories, BOS first, at most 512 each."""
@@ -195,7 +185,8 @@ KIT = KitModel(
     metric="perplexity",
     architecture=Stories,
     weights=weights,
-    load=load,
+    load=partial(build_copied, Stories),
+    skeleton=Stories,
     build=build,
     calibration=calibration,
     outputs=outputs,

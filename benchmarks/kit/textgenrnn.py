@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder, load_mapped
+from benchmarks.kit.base import Batch, KitModel, Scores, build_copied, collect, data_folder
 
 SCORED, OTHER = "hacker_news_2000.txt", "reddit_apple_android_2000.txt"
 WINDOW = 40
@@ -106,7 +106,8 @@ KIT = KitModel(
     metric="perplexity",
     architecture=TextGenRnn,
     weights=weights,
-    load=partial(load_mapped, TextGenRnn),
+    load=partial(build_copied, TextGenRnn),
+    skeleton=TextGenRnn,
     build=build,
     calibration=calibration,
     outputs=outputs,
