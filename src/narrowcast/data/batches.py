@@ -240,7 +240,7 @@ class _Reader:
             return value if self.device is None else value.to(self.device)
         if isinstance(value, PackedSequence):
             _check_finite(value.data, where, allow_minus_infinity=False)
-            return value if self.device is None else value.to(device=self.device)
+            return value if self.device is None else value.to(self.device)  # type: ignore[arg-type]
         if isinstance(value, list | tuple) and value:
             parts = [self._input(part, name, f"{where}[{i}]") for i, part in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
