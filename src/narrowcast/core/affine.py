@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrowcast.core.formats import FORMATS, NumberFormat, check_finite
+from narrowcast.core.formats import FORMATS, NumberFormat, check_finite, first_index
 from narrowcast.core.granularity import from_blocks, to_blocks
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
-from narrowcast.core.tensor import QuantizedTensor
+from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks
 from narrowcast.errors import FormatError
 
 # The smallest scale of each scale format. In float32 and what is derived from it that is the smallest normal number:
@@ -48,12 +48,10 @@ def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     scale = torch.where((low == 0) & (high == 0), 1.0, scale)
     scale = round_scale(scale, spec)
     zero_point = None
-    steps = torch.full_like(scale, spec.format.high)
     if not spec.symmetric:
-        nearest = (spec.code_low - low / scale).round().clamp(spec.code_low, spec.code_high)
-        steps = torch.maximum(nearest - spec.code_low, spec.code_high - nearest)
-        zero_point = nearest.to(torch.int32)
-    check_finite(scale * steps, f"{spec}: a block reaches beyond the largest float32; the outermost value of block")
+        nearest = (spec.code_low - low / scale).round()
+        zero_point = nearest.clamp(spec.code_low, spec.code_high).to(torch.int32)
+    _check_reach(torch.stack([low, high], dim=-1), spec, scale, zero_point)
     return scale, zero_point
 
 
@@ -91,7 +89,7 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
         rounded = scale
     bad = ~(rounded <= _LARGEST[name])
     if bool(bad.any()):
-        where = tuple(int(index) for index in bad.nonzero()[0])
+        where = first_index(bad)
         raise FormatError(
             f"block {where} of {spec}: its scale {float(scale[where]):.6g} does not fit {name} "
             f"(largest {_LARGEST[name]:.6g}); write '/scale:fp32'"
@@ -187,10 +185,21 @@ def dequantize(tensor: QuantizedTensor) -> Tensor:
 def _check_range(low: Tensor, high: Tensor) -> None:
     bad = ~(torch.isfinite(low) & torch.isfinite(high)) | (low > high)
     if bool(bad.any()):
-        where = tuple(int(index) for index in bad.nonzero()[0])
+        where = first_index(bad)
         raise FormatError(
             f"block {where}: the range [{float(low[where])}, {float(high[where])}] is not finite or is reversed; "
             "a scale needs finite float32 bounds with low <= high"
+        )
+
+
+def _check_reach(ends: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> None:
+    """Rounding the scale or the zero point can push the ends [..., 2] of a block beyond the last float32."""
+    codes = quantize_blocks(ends, spec, scale, zero_point)
+    bad = ~torch.isfinite(dequantize_blocks(codes, spec, scale, zero_point)).all(-1)
+    if bool(bad.any()):
+        raise FormatError(
+            f"block {first_index(bad)} of {spec} has values so near the largest float32 that a code would mean "
+            "infinity; scale the values down"
         )
 
 
@@ -204,7 +213,7 @@ def _check_scale(scale: Tensor, zero_point: Tensor | None, blocks: Tensor, spec:
         )
     bad = round_scale(scale, spec) != scale
     if bool(bad.any()):
-        where = tuple(int(index) for index in bad.nonzero()[0])
+        where = first_index(bad)
         raise FormatError(
             f"{spec}: the scale {float(scale[where])!r} of block {where} is not a positive {spec.scale_format} number; "
             "pass it through round_scale"
@@ -217,7 +226,7 @@ def _check_fits(values: Tensor, number: NumberFormat) -> None:
     """No value is so large that it would round to infinity: that is no matter of precision, and never silent."""
     bad = torch.isinf(values.to(torch.float32).to(number.storage))
     if bool(bad.any()):
-        where = tuple(int(index) for index in bad.nonzero()[0])
+        where = first_index(bad)
         raise FormatError(
             f"element {where} is {float(values[where]):.6g}, beyond the largest {number.name} number "
             f"{number.high:.6g}; use a wider float, or a format with scales such as int8/channel"

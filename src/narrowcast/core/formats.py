@@ -69,7 +69,7 @@ class NumberFormat:
         if self.kind == "int":
             return values.round().clamp(self.low, self.high).to(self.storage)
         if self.kind == "exponent":
-            return values.clamp(self.low, self.high).to(torch.float8_e8m0fnu).view(self.storage)
+            return _nearest_power_of_two(values.clamp(self.low, self.high))
         if self.levels is not None:
             return _nearest_level(values, self.levels)
         return values.clamp(self.low, self.high).to(self.storage)
@@ -105,11 +105,25 @@ def check_finite(values: Tensor, what: str) -> None:
     if values.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(values)):
         return
     bad = ~torch.isfinite(values)
-    where = tuple(int(index) for index in bad.nonzero()[0])
+    where = first_index(bad)
     raise FormatError(
         f"{what}: element {where} is {float(values[where])}; {int(bad.sum())} of {values.numel()} values are not "
         "finite; remove NaN and infinity first"
     )
+
+
+def first_index(bad: Tensor) -> tuple[int, ...]:
+    """The index of the first true element, for messages."""
+    return tuple(int(index) for index in bad.nonzero()[0])
+
+
+def _nearest_power_of_two(values: Tensor) -> Tensor:
+    """Biased exponents of the nearest powers of two; a tie (1.5 times a power) goes up, as in the casts of torch.
+
+    Those casts are not used: below 2^-126 they round up from 1.25 times a power on.
+    """
+    mantissa, exponent = torch.frexp(values)  # mantissa in [0.5, 1)
+    return (exponent + 126 + (mantissa >= 0.75).to(torch.int32)).to(torch.uint8)
 
 
 def _nearest_level(values: Tensor, levels: tuple[float, ...]) -> Tensor:
