@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class LayerPlan:
         bytes_after: bytes of the weight.
         kernel: what will multiply.
         integer: whether that is an integer kernel.
+        refused: whether a rule wants it quantized and it cannot be.
     """
 
     layer: Layer
@@ -46,6 +47,7 @@ class LayerPlan:
     bytes_after: int = 0
     kernel: str = ""
     integer: bool = False
+    refused: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -152,16 +154,17 @@ def _plan_layer(adapter: TorchModel, layer: Layer, recipe: Recipe, used: set[int
     if owner in folds.folded:
         return LayerPlan(layer, reason=f"folded into {folds.folded[owner]}", bits_per_weight=0.0)
     kept = LayerPlan(layer, reason=layer.reason, bits_per_weight=bits, bytes_after=layer.bytes)
-    if layer.type == "Parameter":
+    if layer.type == "Parameter" and len(layer.shape) < 2:
         return kept
     index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if r.matches(layer)), (-1, None))
     if rule is None:
-        return LayerPlan(layer, reason="no rule of the recipe matches it", bits_per_weight=bits, bytes_after=layer.bytes)
-    used.add(index)
-    if layer.reason:
-        return kept
+        return replace(kept, reason=layer.reason or "no rule of the recipe matches it")
+    if rule.weight is None or layer.type != "Parameter":
+        used.add(index)
     if rule.weight is None:
-        return LayerPlan(layer, reason=rule.keep, bits_per_weight=bits, bytes_after=layer.bytes)
+        return replace(kept, reason=rule.keep)
+    if layer.reason:
+        return replace(kept, refused=True)
     return _plan_quantized(adapter, layer, rule)
 
 

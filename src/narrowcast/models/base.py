@@ -78,14 +78,14 @@ class Observation:
 
     Args:
         calls: how often each module ran, by path.
-        macs: multiply-accumulates of each module over the whole pass, by path.
+        positions: how often each module's weight matrix was multiplied with one column of inputs, by path.
         samples: one kept input of each module, by path.
         batches: number of batches.
         notes: what the user should know of how the data was taken.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
-    macs: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
     samples: dict[str, Sample] = field(default_factory=dict)
     batches: int = 0
     notes: list[str] = field(default_factory=list)

@@ -36,7 +36,7 @@ class LayerKind:
         build: (module, records by parameter, activation) -> the module that replaces it.
         refuse: module -> why this one cannot be replaced; "" when it can.
         integer_op: (module, spec, activation mode) -> the integer kernel that would run, or None.
-        channel_dim: dimension of the input that holds the channels of the weight's columns.
+        channel_dim: dimension, from the end, of input and output that holds the channels of the weight's columns.
         kernel_elements: module -> columns of the weight per input channel.
         takes_activation: whether the input can be quantized (an embedding's input is an index).
     """
@@ -93,7 +93,7 @@ def _refuse_conv(module: Any) -> str:
     return ""
 
 
-def _conv_kind(name: str) -> LayerKind:
+def _conv_kind(name: str, dimensions: int) -> LayerKind:
     return LayerKind(
         name,
         lambda module: {"weight": ConvShape.of(module).matrix},
@@ -101,7 +101,7 @@ def _conv_kind(name: str) -> LayerKind:
         _build_conv,
         lambda module, spec, mode: "conv2d_int8" if mode in ("dynamic", "static") and is_int8_per_channel(spec) else None,
         refuse=_refuse_conv,
-        channel_dim=1,
+        channel_dim=-1 - dimensions,
         kernel_elements=lambda module: ConvShape.of(module).kernel[0] * ConvShape.of(module).kernel[1],
     )
 
@@ -135,9 +135,9 @@ def _recurrent_kind(name: str, op: str) -> LayerKind:
 
 KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: _LINEAR,
-    nn.Conv1d: _conv_kind("Conv1d"),
-    nn.Conv2d: _conv_kind("Conv2d"),
-    nn.ConvTranspose2d: _conv_kind("ConvTranspose2d"),
+    nn.Conv1d: _conv_kind("Conv1d", 1),
+    nn.Conv2d: _conv_kind("Conv2d", 2),
+    nn.ConvTranspose2d: _conv_kind("ConvTranspose2d", 2),
     nn.Embedding: LayerKind(
         "Embedding",
         _linear_shape,

@@ -138,7 +138,7 @@ class TorchModel(ModelAdapter):
 
 
 class _Hook:
-    """Watches one module: its inputs, how often it ran, its multiply-accumulates, one sample."""
+    """Watches one module: its inputs, how often it ran, how many columns it multiplied, one sample."""
 
     def __init__(self, path: str, kind: LayerKind, watchers: list[Watcher], seen: Observation) -> None:
         self.path, self.kind, self.watchers, self.seen = path, kind, watchers, seen
@@ -158,15 +158,9 @@ class _Hook:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
         y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
-        shapes = self.kind.shapes(module)
-        if not self.kind.takes_activation:
-            return
-        if self.kind.name in ("LSTM", "GRU"):
-            tokens = y.numel() // y.shape[-1]
-            macs = tokens * sum(rows * columns for rows, columns in shapes.values())
-        else:
-            macs = y.numel() * shapes["weight"][1]
-        self.seen.macs[self.path] = self.seen.macs.get(self.path, 0) + macs
+        if self.kind.takes_activation:
+            positions = y.numel() // max(y.shape[self.kind.channel_dim], 1)
+            self.seen.positions[self.path] = self.seen.positions.get(self.path, 0) + positions
 
 
 def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sample:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-Outcome = Literal["quantized", "kept", "fell back"]
+Outcome = Literal["quantized", "kept", "fell back", "folded"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class LayerOutcome:
     Args:
         layer: name of the weight.
         type: type of the module that owns it.
-        outcome: "quantized" as the recipe says, "fell back" to something else than the recipe says, or "kept" float.
+        outcome: "quantized" as the recipe says, "fell back" to something else than the recipe says, "kept" float, or
+            "folded" into another layer.
         reason: why it was kept or fell back, or what else is worth knowing.
         spec: format of the weight; "" when kept.
         input: treatment of the input: "float", "int8/token", "uint8/tensor [-1.2, 3.4]", ...
@@ -67,11 +68,11 @@ class Totals:
     """Sums over the model.
 
     Args:
-        parameters: all parameters of the float model, tied ones once.
-        quantized_parameters: those that are quantized now.
-        coverage: quantized weights as a share of the weights of layers that could be quantized.
+        quantized_parameters: weights that are quantized now.
+        coverage: quantized weights as a share of all weights that are matrices, kernels or tables (not vectors).
         integer_parameters: weights that an integer kernel multiplies.
         integer_macs: multiply-accumulates in integers as a share of all in known layers; None without data.
+        parameters: all parameters of the float model, tied ones once.
         bytes_before, bytes_after: bytes of all parameters and buffers.
         seconds: time of the whole job.
         peak_memory_bytes: largest resident memory of this process so far; None where the system does not tell.
@@ -81,14 +82,14 @@ class Totals:
         threads: torch threads while timing.
     """
 
-    parameters: int
     quantized_parameters: int
     coverage: float
     integer_parameters: int
     integer_macs: float | None
-    bytes_before: int
-    bytes_after: int
-    seconds: float
+    parameters: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
     peak_memory_bytes: int | None = None
     output_sqnr_db: float | None = None
     float_ms: float | None = None

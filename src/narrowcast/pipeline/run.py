@@ -1,0 +1,229 @@
+"""The main job: plan, fold, observe, solve, install, judge; one call from a float model to a quantized one."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowcast.core import sqnr_db
+from narrowcast.errors import ContractError, DataError, ModelError
+from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
+from narrowcast.models.modules import evaluation_mode, stored_bytes
+from narrowcast.nn import QuantizedConv
+from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
+from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls
+from narrowcast.pipeline.solve import check_finite, solve
+from narrowcast.plan import LayerPlan, Plan, make_plan
+from narrowcast.progress import progress_steps
+from narrowcast.recipe import Recipe, load_recipe
+from narrowcast.report import LayerOutcome, Report, Totals
+
+# Float32 rounding of a network of this depth; a fold that changes more than this has changed the function.
+_SAME_FUNCTION_DB = 60.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result of `quantize`.
+
+    Args:
+        model: the quantized module; call it like the float one.
+        report: what became of every weight.
+        recipe: the recipe that was followed.
+    """
+
+    model: nn.Module
+    report: Report
+    recipe: Recipe
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    data: Any = None,
+    *,
+    strict: bool = False,
+    min_coverage: float = 0.0,
+    inplace: bool = False,
+    progress: bool = True,
+) -> Quantized:
+    """Make a model small, and fast where its recipe computes in integers.
+
+    Args:
+        model: any PyTorch module; it is not changed unless `inplace`.
+        recipe: a preset name ("dynamic-int8"), a Recipe, a document, or a TOML or JSON file.
+        data: calibration data: a DataLoader, an iterable of tensors, tuples or dicts, texts, or a callable that runs
+            the model. Needed for static ranges; with it, weights are rounded with the inputs in mind, and the report
+            has errors and speeds.
+        strict: raise where a layer that the recipe wants quantized is not, or not as the recipe says.
+        min_coverage: smallest share (0 to 1) of the weights of supported layers that must end up quantized.
+        inplace: change `model` itself, and save the memory of a second set of weights.
+        progress: show progress on standard error.
+
+    Returns:
+        The quantized model in evaluation mode, with its report.
+
+    Raises:
+        RecipeError, ModelError, DataError, FormatError: bad input; the message says what, where and the remedy.
+        ContractError: `strict` or `min_coverage` is not met; the message lists the layers.
+    """
+    started = time.perf_counter()
+    if not 0.0 <= min_coverage <= 1.0:
+        raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
+    loaded = load_recipe(recipe)
+    adapter = TorchModel(model, inplace=inplace)
+    source = rewindable(data)
+    before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
+    _check_weights(adapter)
+    probe = None if data is None else first_batch(source, adapter)
+    folds = _find_folds(adapter, loaded, probe)
+    plan = make_plan(adapter, loaded, folds)
+    _check_has_data(plan, data)
+    notes = [*plan.notes, *_fold(adapter, folds, probe)]
+    calibration = Calibration()
+    if data is not None:
+        with progress_steps("calibrating", 1, enabled=progress) as step:
+            calibration = calibrate(adapter, plan, source)
+            step("")
+        notes += calibration.observation.notes
+    outcomes = solve(adapter, plan, calibration, progress=progress)
+    adapter.detach_()
+    notes += _settle_layout(adapter, probe)
+    verdict = _judge_model(adapter, probe, inplace=inplace)
+    totals = _totals(plan, outcomes, verdict, probe)
+    totals = replace(
+        totals, parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes)
+    _check_contract(plan, report, strict=strict, min_coverage=min_coverage)
+    return Quantized(adapter.model, report, loaded)
+
+
+def _check_weights(adapter: TorchModel) -> None:
+    """Refuse weights that are not finite or hold no values, before any work is done."""
+    for layer in adapter.layers():
+        if layer.reason or layer.type == "Parameter":
+            continue
+        weight = adapter.weight(layer)
+        if weight.is_meta:
+            raise ModelError(
+                f"layer {layer.name!r} is on the meta device and has no values to quantize; load the weights first "
+                "(nc.plan works without them)"
+            )
+        check_finite(layer, weight)
+
+
+def _check_has_data(plan: Plan, data: Any) -> None:
+    static = [row.layer.name for row in plan.layers if row.input is not None and row.input.observer]
+    if static and data is None:
+        raise DataError(
+            f"recipe {plan.recipe.name!r} fixes the input ranges of {len(static)} layers ({static[0]!r}, ...) from "
+            "calibration data, and there is none; pass data=..., or use 'dynamic-int8', which needs none"
+        )
+
+
+def _find_folds(adapter: TorchModel, recipe: Recipe, probe: Any) -> FoldReport:
+    if not recipe.fold_batchnorm:
+        return FoldReport()
+    return find_pairs(adapter.model, None if probe is None else lambda: probe.run(adapter.model))
+
+
+def _fold(adapter: TorchModel, folds: FoldReport, probe: Any) -> list[str]:
+    """Fold, and check on the first batch that the float function is the same; returns notes."""
+    if not folds.folded:
+        return []
+    evidence = sorted(set(folds.evidence.values()))
+    note = f"{len(folds.folded)} BatchNorms folded, pairs established by {', '.join(evidence)}"
+    if probe is None:
+        adapter.model = fold_(adapter.model, folds)
+        return [f"{note}; not checked on data, because there is none"]
+    with torch.no_grad():
+        before = first_tensor(probe.run(adapter.model))
+        adapter.model = fold_(adapter.model, folds)
+        after = first_tensor(probe.run(adapter.model))
+    if before is None or after is None:
+        return [f"{note}; the output has no tensor to check it by"]
+    same = sqnr_db(before, after)
+    if same < _SAME_FUNCTION_DB:
+        raise ModelError(
+            f"folding {len(folds.folded)} BatchNorms changed the float output (SQNR {same:.1f} dB, expected at least "
+            f"{_SAME_FUNCTION_DB:.0f}); set fold_batchnorm = false in the recipe"
+        )
+    return [f"{note}; float output unchanged to {same:.0f} dB"]
+
+
+def _settle_layout(adapter: TorchModel, probe: Any) -> list[str]:
+    """Run the first batch; where the model's own code cannot take channels-last outputs, switch to contiguous ones."""
+    convolutions = [m for m in adapter.model.modules() if isinstance(m, QuantizedConv)]
+    if probe is None:
+        for module in convolutions:  # without a trial the layout that every model can take
+            module.channels_last = False
+        return []
+    with torch.no_grad():
+        try:
+            probe.run(adapter.model)
+        except RuntimeError as error:
+            if "view" not in str(error) or not convolutions:
+                raise
+            for module in convolutions:
+                module.channels_last = False
+            probe.run(adapter.model)
+            return ["the model calls .view on convolution outputs, so they are contiguous instead of channels-last (slower)"]
+    return []
+
+
+def _judge_model(adapter: TorchModel, probe: Any, *, inplace: bool) -> Verdict:
+    if probe is None or inplace:
+        return Verdict()
+    with torch.no_grad(), evaluation_mode(adapter.original):
+        return judge_calls(lambda: probe.run(adapter.original), lambda: probe.run(adapter.model), budget=1.0)
+
+
+def _totals(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: Any) -> Totals:
+    done = [row for row in outcomes if row.spec]
+    possible = sum(row.layer.parameters for row in plan.layers if _is_matrix(row))
+    integer_names = {row.layer.name for row in plan.layers if row.integer}
+    integer = [row for row in done if row.layer in integer_names]
+    macs = None
+    if probe is not None:
+        macs = sum(row.macs or 0 for row in integer) / max(sum(row.macs or 0 for row in outcomes), 1)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Totals(
+        quantized_parameters=sum(row.parameters for row in done),
+        coverage=sum(row.parameters for row in done) / possible if possible else 1.0,
+        integer_parameters=sum(row.parameters for row in integer),
+        integer_macs=macs,
+        peak_memory_bytes=kilobytes * (1 if sys.platform == "darwin" else 1024),
+        output_sqnr_db=verdict.sqnr_db,
+        float_ms=verdict.float_ms,
+        quantized_ms=verdict.quantized_ms,
+        timed_samples=None if probe is None else probe.samples,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _is_matrix(row: LayerPlan) -> bool:
+    """Whether a weight is one that quantization is about: not a vector, and not gone by folding."""
+    return len(row.layer.shape) > 1 and row.bits_per_weight > 0
+
+
+def _check_contract(plan: Plan, report: Report, *, strict: bool, min_coverage: float) -> None:
+    fallen = [f"{row.layer}: fell back: {row.reason}" for row in report.layers if row.outcome == "fell back"]
+    refused = [f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused]
+    if strict and fallen + refused:
+        shown = "; ".join((fallen + refused)[:10])
+        raise ContractError(f"strict: {len(fallen + refused)} weights are not what the recipe says: {shown}")
+    if report.totals.coverage < min_coverage:
+        kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]
+        raise ContractError(
+            f"coverage {report.totals.coverage:.1%} is below the required {min_coverage:.1%}; kept: {'; '.join(kept[:10])}"
+        )
