@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+from transformers.utils import logging
 
 from benchmarks.kit.base import Batch, KitModel, MissingDataError, Scores, data_folder, on_meta, run
 
@@ -43,6 +44,7 @@ def weights() -> Path:
 
 def load(path: Path) -> nn.Module:
     """The trained encoder as transformers loads it."""
+    logging.disable_progress_bar()
     return BertModel.from_pretrained(path.parent, local_files_only=True, dtype=torch.float32).eval()
 
 
