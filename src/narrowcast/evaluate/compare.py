@@ -111,7 +111,7 @@ def _open(source: Any, reference: _Opened | None) -> _Opened:
         return _Opened(f"{type(model).__name__}, quantized", model, None)
     if not isinstance(source, str | Path):
         raise ModelError(
-            f"cannot compare a {type(source).__name__}; pass an nn.Module, what nc.quantize returned, or a path"
+            f"cannot compare {type(source).__name__}; pass an nn.Module, what nc.quantize returned, or a path"
         )
     try:
         return _Opened(str(source), open_model(source), str(source))

@@ -94,7 +94,8 @@ def paired(reference: Statistic, candidate: Statistic, samples: int, *, seed: in
         seed: for the draws.
 
     Returns:
-        Estimates of candidate - reference and of candidate / reference; without bounds for fewer than 2 samples.
+        Estimates of candidate - reference and of candidate / reference; without bounds for fewer than
+        2 samples and where the statistic is undefined.
     """
     once = np.ones((1, samples))
     base, other = float(reference(once)[0]), float(candidate(once)[0])
@@ -102,10 +103,16 @@ def paired(reference: Statistic, candidate: Statistic, samples: int, *, seed: in
     if samples < 2:
         return Estimate(difference), Estimate(ratio)
     drawn = bootstrap([reference, candidate], samples, seed=seed)
-    bounds = expanded_interval(drawn[1] - drawn[0], samples)
-    if not (base and np.all(drawn[0])):
-        return Estimate(difference, *bounds), Estimate(ratio)
-    return Estimate(difference, *bounds), Estimate(ratio, *expanded_interval(drawn[1] / drawn[0], samples))
+    has_ratio = bool(base and np.all(drawn[0]))
+    ratios = drawn[1] / drawn[0] if has_ratio else np.full(1, np.nan)
+    return _bounded(difference, drawn[1] - drawn[0], samples), _bounded(ratio, ratios, samples)
+
+
+def _bounded(value: float, drawn: Array, samples: int) -> Estimate:
+    """A value with the interval of its draws; without where it is undefined itself or on every draw."""
+    if not (math.isfinite(value) and np.isfinite(drawn).any()):
+        return Estimate(value)
+    return Estimate(value, *expanded_interval(drawn, samples))
 
 
 def weighted_mean(sums: Array, weights: Array, finish: Callable[[Array], Array] | None = None) -> Statistic:

@@ -201,9 +201,7 @@ def _judge_batches(reference: nn.Module, candidate: nn.Module, data: Any, metric
     first = next(batches)
     if first.call is not None:
         if chosen is not None:
-            raise DataError(
-                f"the data is a callable, which gives {chosen.name} no samples; pass metric(model) -> float"
-            )
+            raise DataError(f"the data is a callable, so {chosen.name} gets no samples; pass metric(model) -> float")
         return _judge_call(reference, candidate, first, score, notes)
     meter, terms, same = _Meter(), _Terms(), _Terms()
     for index, left, right in _answers(reference, candidate, _again(first, batches)):
@@ -347,7 +345,7 @@ def _judge_pairs(reference: nn.Module, candidate: nn.Module, data: Pairs, metric
     sizes = [len(part[0]) for part in embeddings]
     if not sizes[0] == sizes[1] == len(scores) or not np.all(np.isfinite(scores)):
         raise DataError(
-            f"Pairs has {sizes[0]} and {sizes[1]} samples and {len(scores)} finite scores; give one of each"
+            f"Pairs has {sizes[0]} and {sizes[1]} samples and {len(scores)} scores; give one finite score per pair"
         )
     statistics = [
         spearman(torch.nn.functional.cosine_similarity(a, b).numpy(), scores) for a, b in zip(*embeddings, strict=True)

@@ -128,7 +128,8 @@ def agreement_terms(answer: Answer, reference: Answer) -> Terms:
 
 def difference_terms(answer: Answer, reference: Answer) -> Terms:
     """Mean absolute difference from the reference's output."""
-    distance = (answer.tensor.to(torch.float64) - reference.tensor.to(torch.float64)).abs()
+    a, b = answer.tensor.to(torch.float64), reference.tensor.to(torch.float64)
+    distance = (a - b).abs().masked_fill(a == b, 0)  # equal infinities are no difference
     mask = reference.token_mask
     counted = torch.ones_like(distance, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(distance)
     return _per_sample(distance, counted)

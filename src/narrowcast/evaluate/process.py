@@ -27,7 +27,7 @@ from torch import Tensor
 
 from narrowcast.data import Batch
 from narrowcast.errors import NarrowcastError
-from narrowcast.evaluate.sources import open_into, prepare
+from narrowcast.evaluate.sources import kind, open_into, prepare
 
 PROCESSES = 3
 TIMEOUT = 600.0
@@ -75,6 +75,10 @@ def measure(
     Returns:
         The figures, or the reason why there are none.
     """
+    try:
+        kind(source)
+    except NarrowcastError as error:
+        return ProcessMeasure(reason=str(error))
     with tempfile.TemporaryDirectory() as folder:
         job = {"source": str(source), "architecture": architecture, "threads": torch.get_num_threads()}
         if batch is not None:

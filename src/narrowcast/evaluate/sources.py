@@ -50,7 +50,8 @@ def open_model(source: str | Path, into: nn.Module | None = None) -> nn.Module:
 
     Args:
         source: a narrowcast checkpoint, a Hugging Face directory (opened as float32, nothing is downloaded, no code
-            of it is run), a `.pt2` file of torch.export, or `package.module:factory`, a function without arguments.
+            of it is run), a `.pt2` file of torch.export (open only what you trust: torch unpickles parts of it), or
+            `package.module:factory`, a function without arguments.
         into: the architecture for a checkpoint whose model is no transformers class; it is filled in place.
 
     Raises:
@@ -150,7 +151,7 @@ def _import_from(source: str) -> Any:
 def _open_factory(source: str) -> nn.Module:
     found = _import_from(source)
     if not callable(found):
-        raise ModelError(f"{source!r} is a {type(found).__name__}, not a function that returns a model")
+        raise ModelError(f"{source!r} is {type(found).__name__}, not a function that returns a model")
     model = found()
     model = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(model, nn.Module):
