@@ -44,6 +44,20 @@ void check_tensor(const Tensor& tensor, ScalarType type, int64_t dimensions, con
                    shape_text(tensor));
 }
 
+void check_length(const Tensor& tensor, int64_t length, const char* op, const char* name) {
+  NARROWCAST_CHECK(tensor.dim() == 1 && tensor.size(0) == length, op, name, " must have shape [", length, "], got ",
+                   shape_text(tensor));
+}
+
+Contiguous::Contiguous(const std::optional<Tensor>& tensor, int64_t length, const char* op, const char* name) {
+  if (!tensor.has_value()) return;
+  check_length(*tensor, length, op, name);
+  if (float_type(*tensor, op, name) != FloatType::float32 || !tensor->is_contiguous()) {
+    copy_ = as_float32(*tensor, op, name);
+  }
+  data_ = (copy_.has_value() ? *copy_ : *tensor).const_data_ptr();
+}
+
 FloatType float_type(const Tensor& tensor, const char* op, const char* name) {
   NARROWCAST_CHECK(tensor.is_cpu(), op, name, " must be on the CPU");
   switch (tensor.scalar_type()) {

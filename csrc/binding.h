@@ -35,6 +35,9 @@ std::string shape_text(const Tensor& tensor);
 // Checks dtype, number of dimensions and device; `name` is the argument's name in the schema.
 void check_tensor(const Tensor& tensor, ScalarType type, int64_t dimensions, const char* op, const char* name);
 
+// Checks that a tensor of any dtype is a vector of the given length.
+void check_length(const Tensor& tensor, int64_t length, const char* op, const char* name);
+
 // The element type of an activation tensor; raises for anything but float32, bfloat16 and float16, or off the CPU.
 FloatType float_type(const Tensor& tensor, const char* op, const char* name);
 
@@ -43,6 +46,28 @@ Tensor as_contiguous(const Tensor& tensor);
 
 // A contiguous float32 copy of any float tensor, or the tensor itself when it is one already.
 Tensor as_float32(const Tensor& tensor, const char* op, const char* name);
+
+// Read access to a tensor as contiguous memory: borrowed when it is contiguous (no reference counting), else a copy
+// that lives as long as this object. The tensor must outlive it.
+class Contiguous {
+ public:
+  Contiguous() = default;  // data() is null
+  explicit Contiguous(const Tensor& tensor) {
+    if (!tensor.is_contiguous()) copy_ = torch::stable::contiguous(tensor);
+    data_ = (copy_.has_value() ? *copy_ : tensor).const_data_ptr();
+  }
+  // An optional float vector such as a bias, converted to float32; data() is null when it is absent.
+  Contiguous(const std::optional<Tensor>& tensor, int64_t length, const char* op, const char* name);
+
+  template <class Type = void>
+  const Type* data() const {
+    return static_cast<const Type*>(data_);
+  }
+
+ private:
+  std::optional<Tensor> copy_;
+  const void* data_ = nullptr;
+};
 
 // A new uninitialised contiguous CPU tensor.
 Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, FloatType type);

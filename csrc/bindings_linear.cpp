@@ -17,51 +17,27 @@ constexpr int64_t kQuantizeTask = 16384;
 
 // The activation tensor seen as rows.
 struct Activations {
-  Tensor tensor;  // contiguous
-  FloatType type;
-  int64_t rows, depth;
-
-  const void* row(int64_t index) const {
-    return static_cast<const char*>(data) + index * depth * float_bytes(type);
+  Activations(const Tensor& x, const char* op) : type(float_type(x, op, "x")), values(x), dimensions(x.dim()) {
+    NARROWCAST_CHECK(dimensions >= 1 && dimensions <= 16, op, "x must have 1 to 16 dimensions, got ", dimensions);
+    std::memcpy(sizes, x.sizes().data(), static_cast<size_t>(dimensions) * sizeof(int64_t));
+    depth = sizes[dimensions - 1];
+    for (int64_t axis = 0; axis + 1 < dimensions; ++axis) rows *= sizes[axis];
   }
-  const void* data;
-};
 
-Activations read_activations(const Tensor& x, const char* op) {
-  const int64_t dimensions = x.dim();
-  NARROWCAST_CHECK(dimensions >= 1, op, "x must have at least one dimension");
-  const FloatType type = float_type(x, op, "x");
-  Tensor tensor = as_contiguous(x);
-  const int64_t depth = tensor.size(dimensions - 1);
-  int64_t rows = 1;
-  for (int64_t axis = 0; axis + 1 < dimensions; ++axis) rows *= tensor.size(axis);
-  const void* data = tensor.const_data_ptr();
-  return {std::move(tensor), type, rows, depth, data};
-}
+  const void* row(int64_t index) const { return values.data<char>() + index * depth * float_bytes(type); }
 
-Tensor empty_output(const Activations& x, int64_t columns) {
+  Tensor empty_output(int64_t columns) const {
+    int64_t out_sizes[16];
+    std::memcpy(out_sizes, sizes, sizeof(sizes));
+    out_sizes[dimensions - 1] = columns;
+    return empty_tensor(out_sizes, dimensions, type);
+  }
+
+  FloatType type;
+  Contiguous values;
+  int64_t dimensions, rows = 1, depth;
   int64_t sizes[16];
-  const int64_t dimensions = x.tensor.dim();
-  NARROWCAST_CHECK(dimensions <= 16, "linear", "x has more than 16 dimensions");
-  std::memcpy(sizes, x.tensor.sizes().data(), static_cast<size_t>(dimensions) * sizeof(int64_t));
-  sizes[dimensions - 1] = columns;
-  return empty_tensor(sizes, dimensions, x.type);
-}
-
-void check_length(const Tensor& tensor, int64_t length, const char* op, const char* name) {
-  NARROWCAST_CHECK(tensor.dim() == 1 && tensor.size(0) == length, op, name, " must have shape [", length, "], got ",
-                   shape_text(tensor));
-}
-
-std::optional<Tensor> read_bias(const std::optional<Tensor>& bias, int64_t columns, const char* op) {
-  if (!bias.has_value()) return std::nullopt;
-  check_length(*bias, columns, op, "bias");
-  return as_float32(*bias, op, "bias");
-}
-
-const float* float_data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
-}
+};
 
 // Runs quantize_row(row) -> finite for all rows on all threads and raises for the first row that is not finite.
 template <class QuantizeRow>
@@ -109,8 +85,8 @@ bool is_parallel(int64_t rows, int64_t columns, int64_t depth) {
 }
 
 struct Int8Arguments {
-  Tensor weight, scale, weight_sum;
-  std::optional<Tensor> bias;
+  Contiguous weight, scale, weight_sum, bias;
+  int64_t columns;
 };
 
 Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
@@ -124,26 +100,33 @@ Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor
   check_length(scale, columns, op, "scale");
   check_tensor(weight_sum, ScalarType::Int, 1, op, "weight_sum");
   check_length(weight_sum, columns, op, "weight_sum");
-  return {as_contiguous(weight), as_contiguous(scale), as_contiguous(weight_sum), read_bias(bias, columns, op)};
+  return {Contiguous(weight), Contiguous(scale), Contiguous(weight_sum), Contiguous(bias, columns, op, "bias"), columns};
 }
 
 // Quantizes by quantize_row(row, codes, &row_scale) and multiplies.
 template <class QuantizeRow>
 Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t zero_point, const char* op,
                 const QuantizeRow& quantize_row) {
-  const int64_t columns = arguments.weight.size(0), stride = round_up(x.depth > 0 ? x.depth : 1, 64);
-  Tensor out = empty_output(x, columns);
+  const int64_t columns = arguments.columns, stride = round_up(x.depth > 0 ? x.depth : 1, 64);
+  Tensor out = x.empty_output(columns);
   if (x.rows == 0 || columns == 0) return out;
   const bool parallel = is_parallel(x.rows, columns, x.depth);
   auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 4)));
   auto* row_scale = reinterpret_cast<float*>(codes + x.rows * stride);
   quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, op,
                 [&](int64_t row) { return quantize_row(row, codes + row * stride, row_scale + row); });
-  const Int8Linear problem = {codes, stride, row_scale, zero_point,
-                              static_cast<const int8_t*>(arguments.weight.const_data_ptr()),
-                              static_cast<const float*>(arguments.scale.const_data_ptr()),
-                              static_cast<const int32_t*>(arguments.weight_sum.const_data_ptr()),
-                              float_data(arguments.bias), x.depth, out.mutable_data_ptr(), columns, x.type};
+  const Int8Linear problem = {codes,
+                              stride,
+                              row_scale,
+                              zero_point,
+                              arguments.weight.data<int8_t>(),
+                              arguments.scale.data<float>(),
+                              arguments.weight_sum.data<int32_t>(),
+                              arguments.bias.data<float>(),
+                              x.depth,
+                              out.mutable_data_ptr(),
+                              columns,
+                              x.type};
   const LinearKernels& kernels = kLinearTiers.active();
   const int64_t scratch = kernels.int8_scratch(x.depth);
   for_each_tile(x.rows, columns, parallel, [&](Range rows, Range part) {
@@ -152,10 +135,10 @@ Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t ze
   return out;
 }
 
-Tensor linear_int8_dynamic(Tensor x_tensor, Tensor weight, Tensor scale, Tensor weight_sum,
-                           std::optional<Tensor> bias) {
+Tensor linear_int8_dynamic(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
+                           const std::optional<Tensor>& bias) {
   constexpr const char* op = "linear_int8_dynamic";
-  const Activations x = read_activations(x_tensor, op);
+  const Activations x(x_tensor, op);
   const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, bias, op);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
   return run_int8(x, arguments, 128, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
@@ -168,10 +151,10 @@ Tensor linear_int8_dynamic(Tensor x_tensor, Tensor weight, Tensor scale, Tensor 
   });
 }
 
-Tensor linear_int8_static(Tensor x_tensor, Tensor weight, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
-                          double input_scale, int64_t input_zero_point) {
+Tensor linear_int8_static(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
+                          const std::optional<Tensor>& bias, double input_scale, int64_t input_zero_point) {
   constexpr const char* op = "linear_int8_static";
-  const Activations x = read_activations(x_tensor, op);
+  const Activations x(x_tensor, op);
   const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, bias, op);
   const auto step = static_cast<float>(input_scale);
   const float inverse = 1.0f / step;
@@ -188,8 +171,7 @@ Tensor linear_int8_static(Tensor x_tensor, Tensor weight, Tensor scale, Tensor w
 }
 
 struct Int4Arguments {
-  Tensor weight, scale;
-  std::optional<Tensor> zero_point, bias;
+  Contiguous weight, scale, zero_point, bias;
   int64_t columns, groups, blocks_per_group;
 };
 
@@ -206,23 +188,26 @@ Int4Arguments read_int4(const Activations& x, const Tensor& weight, const Tensor
   check_tensor(scale, ScalarType::Half, 2, op, "scale");
   NARROWCAST_CHECK(scale.size(0) == columns && scale.size(1) == groups, op, "scale must have shape [", columns, ", ",
                    groups, "], got ", shape_text(scale));
-  std::optional<Tensor> zeros;
   if (zero_point.has_value()) {
     check_tensor(*zero_point, ScalarType::Byte, 2, op, "zero_point");
     NARROWCAST_CHECK(zero_point->size(0) == columns && zero_point->size(1) == groups, op,
                      "zero_point must have shape [", columns, ", ", groups, "], got ", shape_text(*zero_point));
-    zeros = as_contiguous(*zero_point);
   }
-  return {as_contiguous(weight), as_contiguous(scale), std::move(zeros), read_bias(bias, columns, op),
-          columns,               groups,               divide_up(group, kActivationGroup)};
+  return {Contiguous(weight),
+          Contiguous(scale),
+          zero_point.has_value() ? Contiguous(*zero_point) : Contiguous(),
+          Contiguous(bias, columns, op, "bias"),
+          columns,
+          groups,
+          divide_up(group, kActivationGroup)};
 }
 
-Tensor linear_int4_dynamic(Tensor x_tensor, Tensor weight, Tensor scale, std::optional<Tensor> zero_point,
-                           std::optional<Tensor> bias, int64_t group) {
+Tensor linear_int4_dynamic(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale,
+                           const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias, int64_t group) {
   constexpr const char* op = "linear_int4_dynamic";
-  const Activations x = read_activations(x_tensor, op);
+  const Activations x(x_tensor, op);
   const Int4Arguments arguments = read_int4(x, weight, scale, zero_point, bias, group, op);
-  Tensor out = empty_output(x, arguments.columns);
+  Tensor out = x.empty_output(arguments.columns);
   if (x.rows == 0 || arguments.columns == 0) return out;
   const int64_t stride = round_up(x.depth > 0 ? x.depth : 1, 128), blocks = stride / kActivationGroup;
   const int64_t used = divide_up(x.depth, kActivationGroup);
@@ -232,19 +217,28 @@ Tensor linear_int4_dynamic(Tensor x_tensor, Tensor weight, Tensor scale, std::op
   auto* code_sums = reinterpret_cast<int32_t*>(code_scales + x.rows * blocks);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
   quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, op, [&](int64_t row) {
-    const int64_t rest = static_cast<int64_t>(blocks - used);
+    const int64_t rest = blocks - used;
     std::memset(codes + row * stride + used * kActivationGroup, 0, static_cast<size_t>(rest * kActivationGroup));
     std::memset(code_scales + row * blocks + used, 0, static_cast<size_t>(rest) * sizeof(float));
     std::memset(code_sums + row * blocks + used, 0, static_cast<size_t>(rest) * sizeof(int32_t));
     return quantize.to_int8_groups(x.row(row), x.type, x.depth, codes + row * stride, code_scales + row * blocks,
                                    code_sums + row * blocks);
   });
-  const Int4Linear problem = {
-      codes, stride, code_scales, code_sums, blocks, static_cast<const uint8_t*>(arguments.weight.const_data_ptr()),
-      static_cast<const uint16_t*>(arguments.scale.const_data_ptr()),
-      arguments.zero_point.has_value() ? static_cast<const uint8_t*>(arguments.zero_point->const_data_ptr()) : nullptr,
-      arguments.groups, arguments.blocks_per_group, float_data(arguments.bias), x.depth, out.mutable_data_ptr(),
-      arguments.columns, x.type};
+  const Int4Linear problem = {codes,
+                              stride,
+                              code_scales,
+                              code_sums,
+                              blocks,
+                              arguments.weight.data<uint8_t>(),
+                              arguments.scale.data<uint16_t>(),
+                              arguments.zero_point.data<uint8_t>(),
+                              arguments.groups,
+                              arguments.blocks_per_group,
+                              arguments.bias.data<float>(),
+                              x.depth,
+                              out.mutable_data_ptr(),
+                              arguments.columns,
+                              x.type};
   const LinearKernels& kernels = kLinearTiers.active();
   const int64_t scratch = kernels.int4_scratch(x.depth);
   for_each_tile(x.rows, arguments.columns, parallel, [&](Range rows, Range part) {

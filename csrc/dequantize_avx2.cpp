@@ -4,6 +4,6 @@
 
 namespace narrowcast {
 
-const DequantizeKernels dequantize_avx2 = {int8_row};
+const DequantizeKernels dequantize_avx2 = {int8_row, int4_row};
 
 }  // namespace narrowcast

@@ -4,6 +4,6 @@
 
 namespace narrowcast {
 
-const DequantizeKernels dequantize_scalar = {int8_row};
+const DequantizeKernels dequantize_scalar = {int8_row, int4_row};
 
 }  // namespace narrowcast

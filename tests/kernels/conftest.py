@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +19,21 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{request.param}: {reason}")
     kernels.set_isa(request.param)
     yield request.param
+    kernels.set_isa(capability.isa)
+
+
+@pytest.fixture
+def every_tier() -> Iterator[Callable[[], Iterator[str]]]:
+    """A function that walks through the tiers this machine has, switching to each: one reference result serves all."""
+    capability = kernels.capability()
+
+    def walk() -> Iterator[str]:
+        for name in kernels.TIERS:
+            if not capability.available[name]:
+                kernels.set_isa(name)
+                yield name
+
+    yield walk
     kernels.set_isa(capability.isa)
 
 

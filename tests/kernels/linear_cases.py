@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
 from narrowcast import kernels
+
+Tiers = Callable[[], Iterator[str]]
+"""The fixture every_tier: switches through the instruction-set tiers."""
 
 ROWS = (0, 1, 2, 3, 5, 17)
 COLUMNS = (1, 3, 15, 17, 64, 100)
@@ -47,8 +52,13 @@ def reference(name: str, *arguments: object) -> Tensor:
     return kernels.OPS[name].reference(*arguments)
 
 
-def assert_same(name: str, *arguments: object) -> None:
-    """The native body gives the reference's bits, shape and dtype."""
-    got, expected = native(name, *arguments), reference(name, *arguments)
+def assert_equal(got: Tensor, expected: Tensor, tier: str) -> None:
     assert got.dtype == expected.dtype and got.shape == expected.shape
-    assert torch.equal(got, expected), (got.float() - expected.float()).abs().max()
+    assert torch.equal(got, expected), f"{tier}: off by {(got.float() - expected.float()).abs().max()}"
+
+
+def assert_same(tiers: Tiers, name: str, *arguments: object) -> None:
+    """The native body of every tier gives the reference's bits, shape and dtype."""
+    expected = reference(name, *arguments)
+    for tier in tiers():
+        assert_equal(native(name, *arguments), expected, tier)

@@ -39,8 +39,10 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows, torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)
     absmax = rows.abs().amax(dim=1)
     zero = absmax < SMALLEST_RANGE
-    inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, absmax))
-    scale = torch.where(zero, 1.0, absmax / 127.0)
+    # A division of two tensors: torch computes `127.0 / tensor` as reciprocal times 127, which rounds twice.
+    largest = torch.tensor(127.0, dtype=torch.float32, device=rows.device)
+    inverse = torch.where(zero, 0.0, torch.div(largest, torch.where(zero, 1.0, absmax)))
+    scale = torch.where(zero, 1.0, torch.div(absmax, largest))
     return torch.round(rows * inverse[:, None]).clamp(-127, 127), scale
 
 
@@ -112,7 +114,8 @@ def linear_int8_static(
     """
     rows = _rows("linear_int8_static", x)
     step = torch.tensor(input_scale, dtype=torch.float32, device=x.device)
-    codes = (torch.round(rows * (1.0 / step)) + input_zero_point).clamp(0, 255)
+    inverse = torch.div(torch.ones_like(step), step)
+    codes = (torch.round(rows * inverse) + input_zero_point).clamp(0, 255)
     product = integer_product(codes, weight) - input_zero_point * weight_sum
     return _finish(product.float() * (step * scale)[None, :], x, bias)
 
