@@ -30,10 +30,18 @@ def test_the_console_entry_works_in_a_process_of_its_own():
     assert wrong.stdout == "" and wrong.stderr.startswith("error: ")
 
 
-def test_help_does_not_load_torch():
-    code = "import sys; import narrowcast.cli.app; sys.exit('torch' in sys.modules)"
+def test_the_table_of_commands_loads_nothing_heavy():
+    code = """
+import sys
+import narrowcast
+before = set(sys.modules)
+import narrowcast.cli.app
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+sys.exit(", ".join(sorted(added & {"torch", "transformers", "onnx", "sklearn", "PIL", "pandas"})))
+"""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

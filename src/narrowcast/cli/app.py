@@ -8,9 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from narrowcast.cli.bench import bench
+from narrowcast.cli.compare import compare
 from narrowcast.cli.console import guarded, installed_version
 from narrowcast.cli.doctor import doctor
 from narrowcast.cli.inspect import inspect
+from narrowcast.cli.plan import plan
+from narrowcast.cli.quantize import quantize
 from narrowcast.cli.show import RangeCommand, show
 from narrowcast.cli.size import size
 
@@ -51,9 +55,13 @@ def register(name: str, command: Callable[..., Any], **settings: Any) -> None:
     app.command(name=name, help=help_text(command), **settings)(guarded(command))
 
 
+register("plan", plan)
+register("quantize", quantize)
+register("compare", compare)
+register("inspect", inspect)
+register("bench", bench)
 register("show", show, cls=RangeCommand, context_settings={"ignore_unknown_options": True})  # numbers may be negative
 register("size", size)
-register("inspect", inspect)
 register("doctor", doctor)
 
 

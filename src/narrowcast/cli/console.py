@@ -118,6 +118,19 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
     return made
 
 
+def in_width(output: Output, report: Any) -> Any:
+    """A report as a table that fits the terminal, or as wide text where there is none."""
+    from rich.console import Group
+
+    from narrowcast.report import report_table
+    from narrowcast.report.terminal import totals_lines
+
+    if not output.result.is_terminal:
+        return str(report)
+    lines = [*totals_lines(report.totals), *(f"note       {note}" for note in report.notes)]
+    return Group(report_table(report), Text("\n".join(lines)))
+
+
 def installed_version(package: str, *, missing: str) -> str:
     """The version of an installed package, or `missing`."""
     try:

@@ -1,0 +1,80 @@
+"""A folder of images as data; its sub-folders, in order of their names, are the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from narrowcast.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from narrowcast.cli.datasets import DataOptions
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+class ImageFolder:
+    """Images read batch by batch, as often as wanted.
+
+    Args:
+        folder: images in it, or one sub-folder per class.
+        options: batch size, limit, size and normalisation.
+    """
+
+    def __init__(self, folder: Path, options: DataOptions) -> None:
+        self.options = options
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        files = [(path, label) for label, name in enumerate(classes) for path in _images(name)]
+        self.labelled = bool(files)
+        self.files = (files or [(path, 0) for path in _images(folder)])[: options.limit]
+        if not self.files:
+            raise DataError(f"folder {folder} holds no image ({', '.join(SUFFIXES)})")
+        try:
+            import PIL  # noqa: F401
+        except ImportError:
+            raise DataError("a folder of images needs Pillow: pip install pillow; or save the images as .npz") from None
+
+    def __iter__(self) -> Iterator[Any]:
+        import torch
+
+        for start in range(0, len(self.files), self.options.batch_size):
+            rows = self.files[start : start + self.options.batch_size]
+            images = self._batch([path for path, _ in rows])
+            yield (images, torch.tensor([label for _, label in rows])) if self.labelled else images
+
+    def _batch(self, paths: list[Path]) -> Tensor:
+        import torch
+
+        from narrowcast.cli.datasets import normalize
+
+        images = [_read(path, self.options.side) for path in paths]
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise DataError(f"images have different sizes, for example {sorted(shapes)[:2]}; give --image-size")
+        return normalize(torch.stack(images), self.options)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _read(path: Path, side: int | None) -> Tensor:
+    """One image, float32 [3, H, W] in 0..1."""
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {path} cannot be read: {error}") from None
+    if side is not None:
+        scale = side / min(image.size)
+        width, height = (max(side, round(length * scale)) for length in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -1,0 +1,102 @@
+"""`narrowcast quantize`: a model in, a smaller one in a directory out, with the report of what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from narrowcast.cli.console import JsonOption, Output, QuietOption
+from narrowcast.cli.datasets import (
+    DATA_HELP,
+    BatchOption,
+    DeviationOption,
+    LimitOption,
+    MeanOption,
+    SideOption,
+    TokenizerOption,
+    data_options,
+)
+from narrowcast.cli.plan import RecipeOption
+from narrowcast.cli.sources import ModelArgument
+from narrowcast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from narrowcast.report import Report
+
+
+def quantize(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="Where the quantized model goes.")],
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", metavar="DATA", help=f"Calibration data: {DATA_HELP}")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if a layer is not as the recipe says.")] = False,
+    min_coverage: Annotated[
+        float, typer.Option(help="Fail if less than this share of the weights ends up quantized.", min=0.0, max=1.0)
+    ] = 0.0,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON, too.")] = None,
+    batch_size: BatchOption = 32,
+    limit: LimitOption = None,
+    tokenizer: TokenizerOption = None,
+    mean: MeanOption = "",
+    std: DeviationOption = "",
+    image_size: SideOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize a model and save it; the report tells for every weight what was done, or why not.
+
+    Nothing is written unless everything worked and every requirement is met.
+
+    Examples:
+        narrowcast quantize ./all-MiniLM-L6-v2 --recipe dynamic-int8 -o minilm-int8
+        narrowcast quantize my_package.models:build -r static-int8 -d calibration.npz --limit 256 -o my-int8
+        narrowcast quantize ./my-llama -r weight-int4 -d texts.txt -o my-int4 --strict --report report.json
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    _check_destinations(out, report)
+    options = data_options(batch_size, limit, tokenizer, mean, std, image_size)
+    with output.working(f"opening {model}"):
+        import narrowcast as nc
+        from narrowcast.cli.datasets import open_data
+        from narrowcast.cli.sources import open_model
+        from narrowcast.recipe import load_recipe
+
+        rules = load_recipe(recipe)
+        source = open_model(model)
+        calibration = None if data is None else open_data(data, options, model=model)
+    result = nc.quantize(
+        source.model, rules, calibration, strict=strict, min_coverage=min_coverage, progress=output.progress
+    )
+    with output.working(f"saving {out}"):
+        nc.save(result, out)
+        if report is not None:
+            result.report.save_json(report)
+    output.json({"out": str(out), "report": result.report.to_dict()})
+    if not quiet:
+        _show(output, result.report, out)
+
+
+def _check_destinations(out: Path, report: Path | None) -> None:
+    """Find out before the work what would fail after it; `nc.save` checks again."""
+    from narrowcast.export.checkpoint_schema import DESCRIPTION
+
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"--out {out} is a file; name a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not (out / DESCRIPTION).is_file():
+        raise CheckpointError(f"--out {out} is not empty and no narrowcast checkpoint; choose another directory")
+    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise CheckpointError(f"--report {report}: no file can be written there; name one in a directory that exists")
+
+
+def _show(output: Output, report: Report, out: Path) -> None:
+    """The report as wide as the terminal, or as plain text."""
+    from narrowcast.cli.console import in_width
+    from narrowcast.report import format_bytes
+
+    output.show(in_width(output, report))
+    size = sum(file.stat().st_size for file in out.iterdir())
+    output.show(f"saved to {out} ({format_bytes(size)})")
