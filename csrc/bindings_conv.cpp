@@ -140,35 +140,43 @@ void run_conv(ConvCall& call) {
   if (bad.load()) fail_not_finite(s, call.input);
 }
 
-struct Geometry {
-  const Ints &kernel_size, &stride, &padding, &dilation, &upsample, &output_padding;
+// The integers of a call in the order of the schema; narrowcast.kernels.reference_conv.conv_plan writes the same.
+enum Plan : int {
+  kZeroPoint, kKernelH, kKernelW, kStrideH, kStrideW, kTop, kLeft, kBottom, kRight, kDilationH, kDilationW, kGroups,
+  kUpH, kUpW, kMoreH, kMoreW, kChannelsLast, kPlanSize
 };
 
-int64_t out_size(int64_t size, const Geometry& g, size_t axis) {
-  const int64_t upsampled = (size - 1) * g.upsample[axis] + 1;
-  const int64_t padded_size = upsampled + g.padding[axis] + g.padding[axis + 2] + g.output_padding[axis];
-  const int64_t reach = g.dilation[axis] * (g.kernel_size[axis] - 1) + 1;
-  return padded_size < reach ? 0 : (padded_size - reach) / g.stride[axis] + 1;
+void check_plan(const int64_t* plan, const char* op) {
+  constexpr const char* names[] = {"kernel_size", "kernel_size", "stride",   "stride",         "padding",       "padding",
+                                   "padding",     "padding",     "dilation", "dilation",       "groups",        "upsample",
+                                   "upsample",    "output_padding", "output_padding"};
+  for (int i = kKernelH; i < kChannelsLast; ++i) {
+    const bool may_be_zero = (i >= kTop && i <= kRight) || i == kMoreH || i == kMoreW;
+    NARROWCAST_CHECK(plan[i] >= (may_be_zero ? 0 : 1) && plan[i] < (1 << 20), op, names[i - kKernelH], " holds ",
+                     plan[i]);
+  }
 }
 
-void set_shape(ConvShape& s, const Geometry& g, int64_t groups, int64_t out_channels, const Tensor& x) {
+int64_t out_size(int64_t size, const int64_t* plan, int axis) {
+  const int64_t upsampled = (size - 1) * plan[kUpH + axis] + 1;
+  const int64_t padded_size = upsampled + plan[kTop + axis] + plan[kBottom + axis] + plan[kMoreH + axis];
+  const int64_t reach = plan[kDilationH + axis] * (plan[kKernelH + axis] - 1) + 1;
+  return padded_size < reach ? 0 : (padded_size - reach) / plan[kStrideH + axis] + 1;
+}
+
+void set_shape(ConvShape& s, const int64_t* plan, int64_t out_channels, const Tensor& x) {
   constexpr const char* op = "conv2d_int8";
-  check_ints(g.kernel_size, 2, 1, op, "kernel_size");
-  check_ints(g.stride, 2, 1, op, "stride");
-  check_ints(g.padding, 4, 0, op, "padding");
-  check_ints(g.dilation, 2, 1, op, "dilation");
-  check_ints(g.upsample, 2, 1, op, "upsample");
-  check_ints(g.output_padding, 2, 0, op, "output_padding");
-  NARROWCAST_CHECK(groups >= 1 && out_channels >= 1 && s.channels >= 1, op, "no channels or groups");
-  NARROWCAST_CHECK(s.channels % groups == 0 && out_channels % groups == 0, op, groups, " groups do not divide ",
+  check_plan(plan, op);
+  s.groups = plan[kGroups], s.out_channels = out_channels;
+  NARROWCAST_CHECK(out_channels >= 1 && s.channels >= 1, op, "no channels");
+  NARROWCAST_CHECK(s.channels % s.groups == 0 && out_channels % s.groups == 0, op, s.groups, " groups do not divide ",
                    s.channels, " input and ", out_channels, " output channels");
-  s.out_channels = out_channels, s.groups = groups;
-  s.kernel_h = g.kernel_size[0], s.kernel_w = g.kernel_size[1], s.stride_h = g.stride[0], s.stride_w = g.stride[1];
-  s.top = g.padding[0], s.left = g.padding[1], s.dilation_h = g.dilation[0], s.dilation_w = g.dilation[1];
-  s.up_h = g.upsample[0], s.up_w = g.upsample[1];
-  s.out_height = out_size(s.height, g, 0), s.out_width = out_size(s.width, g, 1);
-  NARROWCAST_CHECK(s.height > 0 && s.width > 0 && s.out_height > 0 && s.out_width > 0, op, "x ", shape_text(x),
-                   " is smaller than the kernel");
+  s.kernel_h = plan[kKernelH], s.kernel_w = plan[kKernelW], s.stride_h = plan[kStrideH], s.stride_w = plan[kStrideW];
+  s.top = plan[kTop], s.left = plan[kLeft], s.dilation_h = plan[kDilationH], s.dilation_w = plan[kDilationW];
+  s.up_h = plan[kUpH], s.up_w = plan[kUpW], s.channels_last = plan[kChannelsLast] != 0;
+  NARROWCAST_CHECK(s.height > 0 && s.width > 0, op, "x ", shape_text(x), " has no pixels");
+  s.out_height = out_size(s.height, plan, 0), s.out_width = out_size(s.width, plan, 1);
+  NARROWCAST_CHECK(s.out_height > 0 && s.out_width > 0, op, "x ", shape_text(x), " is smaller than the kernel");
 }
 
 Tensor new_output(const ConvShape& s) {
@@ -206,11 +214,10 @@ const float* channel_values(const Tensor& tensor, int64_t channels, const char* 
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
-Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
-                   std::optional<Tensor> input_scale, int64_t input_zero_point, Ints kernel_size, Ints stride,
-                   Ints padding, Ints dilation, int64_t groups, Ints upsample, Ints output_padding,
-                   bool channels_last) {
+Tensor conv2d_int8_planned(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
+                           std::optional<Tensor> input_scale, Ints plan) {
   constexpr const char* op = "conv2d_int8";
+  NARROWCAST_CHECK(plan.size() == kPlanSize, op, "plan must have ", +kPlanSize, " entries, got ", plan.size());
   const FloatType type = float_type(x, op, "x");
   NARROWCAST_CHECK(x.dim() == 4, op, "x must have 4 dimensions, got shape ", shape_text(x));
   check_tensor(packed, ScalarType::Char, 1, op, "packed");
@@ -220,9 +227,8 @@ Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std
   ConvShape& s = call.shape;
   const int64_t outputs = scale.size(0);
   const Tensor input = dense_input(x, s);
-  set_shape(s, {kernel_size, stride, padding, dilation, upsample, output_padding}, groups, outputs, x);
-  s.channels_last = channels_last;
-  const int64_t bytes = packed_bytes(outputs, s.group_inputs(), s.kernel_h * s.kernel_w, groups);
+  set_shape(s, plan.data(), outputs, x);
+  const int64_t bytes = packed_bytes(outputs, s.group_inputs(), s.kernel_h * s.kernel_w, s.groups);
   NARROWCAST_CHECK(packed.numel() == bytes, op, "packed has ", packed.numel(), " bytes, expected ", bytes);
   packed = as_contiguous(packed), scale = as_contiguous(scale), weight_sum = as_contiguous(weight_sum);
   const std::optional<Tensor> offsets = bias ? std::optional<Tensor>(as_float32(*bias, op, "bias")) : std::nullopt;
@@ -237,11 +243,34 @@ Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std
   call.output = static_cast<float*>(output.mutable_data_ptr());
   std::vector<CodeRange> range(static_cast<size_t>(s.batch));
   std::vector<float> sample_scale(static_cast<size_t>(s.batch));
-  set_ranges(call, input_scale, input_zero_point, range.data(), sample_scale.data());
+  set_ranges(call, input_scale, plan[kZeroPoint], range.data(), sample_scale.data());
   call.range = range.data(), call.input_scale = sample_scale.data();
   if (s.batch > 0) run_conv(call);
   if (type == FloatType::float32) return output;
   return torch::stable::to(output, x.scalar_type());
+}
+
+Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
+                   std::optional<Tensor> input_scale, int64_t input_zero_point, Ints kernel_size, Ints stride,
+                   Ints padding, Ints dilation, int64_t groups, Ints upsample, Ints output_padding,
+                   bool channels_last) {
+  constexpr const char* op = "conv2d_int8";
+  Ints plan{input_zero_point};
+  plan.reserve(kPlanSize);
+  const auto append = [&](const Ints& values, size_t count, const char* name) {
+    NARROWCAST_CHECK(values.size() == count, op, name, " must have ", count, " entries, got ", values.size());
+    plan.insert(plan.end(), values.begin(), values.end());
+  };
+  append(kernel_size, 2, "kernel_size");
+  append(stride, 2, "stride");
+  append(padding, 4, "padding");
+  append(dilation, 2, "dilation");
+  plan.push_back(groups);
+  append(upsample, 2, "upsample");
+  append(output_padding, 2, "output_padding");
+  plan.push_back(channels_last);
+  return conv2d_int8_planned(std::move(x), std::move(packed), std::move(scale), std::move(weight_sum),
+                             std::move(bias), std::move(input_scale), std::move(plan));
 }
 
 }  // namespace
@@ -251,4 +280,5 @@ STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, library) {
   library.impl("conv2d_int8_pack", TORCH_BOX(&narrowcast::conv2d_int8_pack));
   library.impl("conv2d_int8_unpack", TORCH_BOX(&narrowcast::conv2d_int8_unpack));
   library.impl("conv2d_int8", TORCH_BOX(&narrowcast::conv2d_int8));
+  library.impl("conv2d_int8_planned", TORCH_BOX(&narrowcast::conv2d_int8_planned));
 }

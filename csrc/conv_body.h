@@ -38,8 +38,12 @@ NC_INLINE Int encode(Encoder& encoder, Float v) {
   return add_int(to_int(scaled), encoder.zero_point);
 }
 
+constexpr int64_t kPrefetch = 128;  // floats
+
 // Up to four channels of up to kLanes pixels; lane x = the four codes of pixel x.
 NC_INLINE Int encode_word(Encoder& encoder, const float* source, int64_t plane_stride, int64_t channels, int64_t n) {
+  // The planes are too many streams for the hardware: ask for what the next rows read.
+  for (int64_t c = 0; c < channels && c < 4; ++c) __builtin_prefetch(source + c * plane_stride + kPrefetch);
   Int word = encode(encoder, load_up_to(source, n));
   if (channels > 1) word = or_int(word, shift_left<8>(encode(encoder, load_up_to(source + plane_stride, n))));
   if (channels > 2) word = or_int(word, shift_left<16>(encode(encoder, load_up_to(source + 2 * plane_stride, n))));
@@ -176,8 +180,10 @@ void store_pixels(const int32_t* sums, int64_t sums_stride, int64_t pixels, int6
                   const Epilogue& epilogue, float* output, int64_t pixel_stride) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t n = channels - c;
-    const Affine affine = make_affine(epilogue, c, n);
+    Affine affine = make_affine(epilogue, c, n);
+    const Float scale = epilogue.row_scale ? load_up_to(epilogue.scale + c, n) : affine.scale;
     for (int64_t x = 0; x < pixels; ++x) {
+      if (epilogue.row_scale) affine.scale = multiply(spread(epilogue.row_scale[x]), scale);
       store_up_to(output + x * pixel_stride + c, n, apply(affine, load_int(sums + x * sums_stride + c)));
     }
   }

@@ -99,7 +99,8 @@ void store_block(const Task& task, int64_t pixel, int64_t count, int64_t channel
   const ConvCall& call = task.call;
   const ConvShape& s = call.shape;
   const int64_t plane = s.out_height * s.out_width, begin = task.row_begin * s.out_width + pixel;
-  Epilogue epilogue{call.scale + channel, call.bias ? call.bias + channel : nullptr, call.weight_sum + channel, 0, 0};
+  Epilogue epilogue{call.scale + channel, call.bias ? call.bias + channel : nullptr, call.weight_sum + channel, 0, 0,
+                    nullptr};
   for (int64_t done = 0; done < count;) {
     const int64_t at = begin + done, sample = at / plane, run = std::min(count - done, plane - at % plane);
     epilogue.zero_point = call.range[sample].zero_point;

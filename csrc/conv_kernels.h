@@ -37,6 +37,7 @@ struct Epilogue {
   const int32_t* weight_sum;
   int32_t zero_point;
   float input_scale;
+  const float* row_scale;  // of every pixel in place of input_scale (store_pixels only); may be null
 };
 
 // One row of depthwise outputs for 16 channels. A word holds one channel at four neighbouring x positions; `words`

@@ -42,7 +42,7 @@ void compute_rows(const Block& block, DepthwiseRow& row, int64_t row_begin, int6
   const ConvShape& s = call.shape;
   const int64_t plane = s.out_height * s.out_width, c = block.channel;
   const Epilogue epilogue{call.scale + c, call.bias ? call.bias + c : nullptr, call.weight_sum + c,
-                          call.range[block.sample].zero_point, call.input_scale[block.sample]};
+                          call.range[block.sample].zero_point, call.input_scale[block.sample], nullptr};
   for (int64_t y = row_begin; y < row_end; ++y) {
     row.words = block.words + (y - row_begin) * s.stride_h * block.layout.words * 64;
     call.kernels->depthwise_row(row, block.layout.square, static_cast<int>(s.stride_w));

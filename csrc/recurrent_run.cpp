@@ -63,12 +63,9 @@ void product(const Work& work, const GateWeights& weights, int64_t rows, float* 
       block.rows = std::min(kBlockRows, rows - begin);
       kernels.dot_block(block);
       const float* bias = weights.bias ? weights.bias + channel : nullptr;
-      Epilogue epilogue{weights.scale + channel, bias, weights.sum + channel, 128, 0.0f};
-      for (int64_t r = 0; r < block.rows; ++r) {
-        epilogue.input_scale = work.row_scale[begin + r];
-        kernels.store_pixels(work.sums + r * block.vectors * kLane, 0, 1, channels, epilogue,
-                             gates + (begin + r) * outputs + channel, 0);
-      }
+      const Epilogue epilogue{weights.scale + channel, bias, weights.sum + channel, 128, 0.0f, work.row_scale + begin};
+      kernels.store_pixels(work.sums, block.vectors * kLane, block.rows, channels, epilogue,
+                           gates + begin * outputs + channel, outputs);
     }
   }
 }
