@@ -39,13 +39,23 @@ inline __m256i to_bfloat16(__m512 value) {
 
 inline void store16(void* data, FloatType type, int64_t index, __mmask16 mask, __m512 value) {
   if (type == FloatType::float32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, value);
+    float* target = static_cast<float*>(data) + index;
+    if (mask == 0xffff) {  // masked stores are slow on some CPUs
+      _mm512_storeu_ps(target, value);
+    } else {
+      _mm512_mask_storeu_ps(target, mask, value);
+    }
     return;
   }
   const __m256i half = type == FloatType::bfloat16
                            ? to_bfloat16(value)
                            : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask, half);
+  uint16_t* target = static_cast<uint16_t*>(data) + index;
+  if (mask == 0xffff) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), half);
+  } else {
+    _mm256_mask_storeu_epi16(target, mask, half);
+  }
 }
 
 }  // namespace
