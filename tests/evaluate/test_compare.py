@@ -126,3 +126,4 @@ def test_a_checkpoint_of_an_own_architecture_is_loaded_into_a_copy_of_the_refere
     assert result.outputs is not None
     assert result.outputs.max_absolute == 0.0
     assert "load time and peak memory of the candidate: not asked for" in result.notes
+    assert any("was loaded into a copy of the reference" in note for note in result.notes)

@@ -34,6 +34,7 @@ class _Opened:
     model: nn.Module
     source: str | None
     architecture: str | None = None
+    note: str = ""
 
 
 def compare(
@@ -76,6 +77,7 @@ def compare(
     right = _open(candidate, left)
     with _evaluating(left.model, right.model) as notes, torch.inference_mode():
         judged = judge(left.model, right.model, data, metric)
+        notes += [right.note] if right.note else []
         notes += judged.notes
         runs = {name: _runner(judged.first, side.model) for name, side in zip(NAMES, (left, right), strict=True)}
         timings = latency.interleaved(runs, seconds=seconds)
@@ -120,7 +122,8 @@ def _open(source: Any, reference: _Opened | None) -> _Opened:
             raise
         copied = open_model(source, copy.deepcopy(reference.model))
         architecture = reference.source if reference.source and kind(reference.source) == "factory" else None
-        return _Opened(str(source), copied, str(source), architecture)
+        note = "the candidate's checkpoint holds no architecture: it was loaded into a copy of the reference"
+        return _Opened(str(source), copied, str(source), architecture, note)
 
 
 def _is_code(source: str | None) -> bool:
