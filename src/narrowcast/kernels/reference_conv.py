@@ -95,7 +95,8 @@ def _dynamic_codes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric codes of each sample and its scale [B, 1, 1, 1]."""
     absmax = values.abs().amax(dim=(1, 2, 3), keepdim=True)
     zero = absmax < SMALLEST_RANGE
-    inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, absmax))
+    # A tensor 127: `127.0 / tensor` is reciprocal times 127 in torch, which rounds twice.
+    inverse = torch.where(zero, 0.0, torch.full_like(absmax, 127.0) / torch.where(zero, 1.0, absmax))
     return torch.round((values * inverse).clamp(-127, 127)), torch.where(zero, 1.0, absmax / 127.0)
 
 

@@ -98,9 +98,14 @@ def lstm_int8(
 
     Args:
         x:         [T, B, I] float32, bfloat16 or float16, finite, time first.
-        h0, c0:    [B, H] float.
-        weight_ih: [4 * H, I] int8, gate order i, f, g, o; scale_ih [4 * H] float32, sum_ih [4 * H] int32 row sums.
-        weight_hh: [4 * H, H] int8; scale_hh, sum_hh as above.
+        h0:        [B, H] float, the first state.
+        c0:        [B, H] float, the first cell.
+        weight_ih: [4 * H, I] int8, gate order i, f, g, o.
+        scale_ih:  [4 * H] float32, weight units per code step of each row of weight_ih.
+        sum_ih:    [4 * H] int32, the sum of each row of weight_ih.
+        weight_hh: [4 * H, H] int8.
+        scale_hh:  [4 * H] float32.
+        sum_hh:    [4 * H] int32.
         bias:      [4 * H] float, the sum of both biases, or None.
         reverse:   from the last step to the first.
 
@@ -143,9 +148,14 @@ def gru_int8(
     Args:
         x:         [T, B, I] float32, bfloat16 or float16, finite, time first.
         h0:        [B, H] float.
-        weight_ih: [3 * H, I] int8, gate order r, z, n; scale_ih [3 * H] float32, sum_ih [3 * H] int32 row sums.
-        weight_hh: [3 * H, H] int8; scale_hh, sum_hh as above.
-        bias_ih:   [3 * H] float, or None; bias_hh the same.
+        weight_ih: [3 * H, I] int8, gate order r, z, n.
+        scale_ih:  [3 * H] float32, weight units per code step of each row of weight_ih.
+        sum_ih:    [3 * H] int32, the sum of each row of weight_ih.
+        weight_hh: [3 * H, H] int8.
+        scale_hh:  [3 * H] float32.
+        sum_hh:    [3 * H] int32.
+        bias_ih:   [3 * H] float, or None.
+        bias_hh:   [3 * H] float, or None.
         reverse:   from the last step to the first.
 
     Returns:

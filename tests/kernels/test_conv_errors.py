@@ -1,0 +1,72 @@
+"""conv2d_int8 answers wrong arguments and non-finite values with an error that names them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.kernels.conv_cases import SHAPES, ConvCase
+
+OPS = torch.ops.narrowcast
+
+ARGUMENTS = (
+    "x", "packed", "scale", "weight_sum", "bias", "input_scale", "input_zero_point", "kernel_size", "stride", "padding",
+    "dilation", "groups", "upsample", "output_padding", "channels_last",
+)  # fmt: skip
+
+WRONG = {
+    "x with three dimensions": ("x", torch.zeros(8, 7, 9), "4 dimensions"),
+    "x of integers": ("x", torch.zeros(2, 8, 7, 9, dtype=torch.int32), "x must be float32"),
+    "x with other channels": ("x", torch.zeros(2, 9, 7, 9), "packed has"),
+    "x smaller than the kernel": ("x", torch.zeros(2, 8, 0, 9), "no pixels"),
+    "packed of floats": ("packed", torch.zeros(10), "packed must be int8"),
+    "packed too short": ("packed", torch.zeros(10, dtype=torch.int8), "packed has 10 bytes"),
+    "scale of doubles": ("scale", torch.ones(17, dtype=torch.float64), "scale must be float32"),
+    "sums of other length": ("weight_sum", torch.zeros(16, dtype=torch.int32), "weight_sum"),
+    "bias of other length": ("bias", torch.zeros(3), "bias"),
+    "no input scale": ("input_scale", torch.zeros(0), "one entry"),
+    "negative input scale": ("input_scale", torch.tensor([-1.0]), "input_scale is -1"),
+    "NaN input scale": ("input_scale", torch.tensor([float("nan")]), "input_scale is"),
+    "zero point out of range": ("input_zero_point", 256, "256"),
+    "kernel with one entry": ("kernel_size", [3], "kernel_size must have 2"),
+    "kernel of zero": ("kernel_size", [0, 3], "kernel_size holds 0"),
+    "stride of zero": ("stride", [1, 0], "stride holds 0"),
+    "padding with two entries": ("padding", [1, 1], "padding must have 4"),
+    "negative padding": ("padding", [1, 1, 1, -1], "padding holds -1"),
+    "dilation too large": ("dilation", [9, 1], "smaller than the kernel"),
+    "no groups": ("groups", 0, "groups holds 0"),
+    "groups that do not divide": ("groups", 3, "do not divide"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_argument_is_an_error(what: str) -> None:
+    name, value, message = WRONG[what]
+    arguments = dict(zip(ARGUMENTS, ConvCase().arguments(), strict=True))
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        OPS.conv2d_int8(*arguments.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("zero_point", [None, 7])
+@pytest.mark.parametrize("shape", ["square", "depthwise", "pointwise"])
+def test_non_finite_value_is_named(shape: str, zero_point: int | None, value: float, tier: str) -> None:
+    case = replace(SHAPES[shape], zero_point=zero_point)
+    x = case.x()
+    x[1, 3, 2, 5] = value
+    x[1, 4, 0, 0] = value
+    with pytest.raises(RuntimeError, match=r"Non-finite value in x at \[1, 3, 2, 5\]"):
+        OPS.conv2d_int8(*case.arguments(x))
+
+
+def test_wrong_weights_do_not_pack() -> None:
+    with pytest.raises(RuntimeError, match="does not fit"):
+        OPS.conv2d_int8_pack(torch.zeros(4, 10, dtype=torch.int8), [3, 3], 1)
+    with pytest.raises(RuntimeError, match="do not divide"):
+        OPS.conv2d_int8_pack(torch.zeros(4, 9, dtype=torch.int8), [3, 3], 3)
+    with pytest.raises(RuntimeError, match="must be int8"):
+        OPS.conv2d_int8_pack(torch.zeros(4, 9), [3, 3], 1)
+    with pytest.raises(RuntimeError, match="expected"):
+        OPS.conv2d_int8_unpack(torch.zeros(10, dtype=torch.int8), 4, 1, [3, 3], 1)
