@@ -233,39 +233,66 @@ constexpr PanelKernel kSymmetric[kPanelRows] = {panel_rows<1, false>, panel_rows
 constexpr PanelKernel kAsymmetric[kPanelRows] = {panel_rows<1, true>, panel_rows<2, true>, panel_rows<3, true>,
                                                  panel_rows<4, true>, panel_rows<5, true>, panel_rows<6, true>};
 
-void many_rows(const Int4Linear& problem, Range rows, Range columns, Groups groups, uint8_t* panel) {
-  alignas(64) float totals[kPanelRows * kPanelColumns];
-  const int64_t count = columns.end - columns.begin;
+// One panel of up to 32 columns with its scales and zero points.
+struct Panel {
+  Range columns;
+  Groups groups;
+  uint8_t* nibbles;
+};
+
+constexpr int64_t kPanels = kColumnTile / kPanelColumns;
+
+// Bytes of one panel: scales and zero points [blocks][32], nibbles [blocks][8][32][4].
+inline int64_t panel_bytes(int64_t blocks) { return blocks * (2 * 4 + 8 * 4) * kPanelColumns; }
+
+Panel make_panel(const Int4Linear& problem, Range columns, char* memory) {
+  const int64_t blocks = (problem.depth + 31) / 32, count = columns.end - columns.begin;
+  auto* scales = reinterpret_cast<float*>(memory);
+  auto* zero_points = reinterpret_cast<int32_t*>(scales + blocks * kPanelColumns);
+  const Panel panel = {columns, {scales, zero_points}, reinterpret_cast<uint8_t*>(zero_points + blocks * kPanelColumns)};
   for (int64_t first = 0; first < count; first += 16) {
-    const Groups part = {groups.scales + first, groups.zero_points + first};
-    expand_groups<kPanelColumns>(problem, columns.begin + first, smaller(16, count - first), part);
+    expand_groups<kPanelColumns>(problem, columns.begin + first, smaller(16, count - first),
+                                 {scales + first, zero_points + first});
   }
-  unpack_panel(problem, columns.begin, count, panel);
+  unpack_panel(problem, columns.begin, count, panel.nibbles);
+  return panel;
+}
+
+// Up to 64 columns: the second panel finds the codes of its rows in the nearest cache.
+void many_rows(const Int4Linear& problem, Range rows, Range columns, char* scratch) {
+  alignas(64) float totals[kPanelRows * kPanelColumns];
+  const int64_t bytes = panel_bytes((problem.depth + 31) / 32);
+  Panel panels[kPanels];
+  int64_t count = 0;
+  for (int64_t column = columns.begin; column < columns.end; column += kPanelColumns, ++count) {
+    const Range part = {column, smaller(column + kPanelColumns, columns.end)};
+    panels[count] = make_panel(problem, part, scratch + count * bytes);
+  }
   const PanelKernel* kernels = problem.zero_point != nullptr ? kAsymmetric : kSymmetric;
   const int64_t total = rows.end - rows.begin, steps = (total + kPanelRows - 1) / kPanelRows;
   int64_t row = rows.begin;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t length = total / steps + (step < total % steps ? 1 : 0);
-    kernels[length - 1](problem, row, panel, groups, totals);
-    finish(problem, row, length, columns, totals);
+    for (int64_t index = 0; index < count; ++index) {
+      const Panel& panel = panels[index];
+      kernels[length - 1](problem, row, panel.nibbles, panel.groups, totals);
+      finish(problem, row, length, panel.columns, totals);
+    }
     row += length;
   }
 }
 
 }  // namespace
 
-// The scratch holds scales and zero points [blocks][32] and the panel [blocks][8][32][4].
 void int4_tile_avx512vnni(const Int4Linear& problem, Range rows, Range columns, void* scratch) {
-  const int64_t blocks = (problem.depth + 31) / 32;
-  auto* scales = static_cast<float*>(scratch);
-  const Groups groups = {scales, reinterpret_cast<int32_t*>(scales + blocks * kPanelColumns)};
-  auto* panel = reinterpret_cast<uint8_t*>(groups.zero_points + blocks * kPanelColumns);
   if (rows.end - rows.begin > 2) {
-    for (int64_t column = columns.begin; column < columns.end; column += kPanelColumns) {
-      many_rows(problem, rows, {column, smaller(column + kPanelColumns, columns.end)}, groups, panel);
+    for (int64_t column = columns.begin; column < columns.end; column += kColumnTile) {
+      many_rows(problem, rows, {column, smaller(column + kColumnTile, columns.end)}, static_cast<char*>(scratch));
     }
     return;
   }
+  auto* scales = static_cast<float*>(scratch);
+  const Groups groups = {scales, reinterpret_cast<int32_t*>(scales + (problem.depth + 31) / 32 * 16)};
   for (int64_t column = columns.begin; column < columns.end; column += 16) {
     const int64_t count = smaller(16, columns.end - column);
     expand_groups<16>(problem, column, count, groups);
@@ -273,8 +300,6 @@ void int4_tile_avx512vnni(const Int4Linear& problem, Range rows, Range columns, 
   }
 }
 
-int64_t int4_scratch_avx512vnni(int64_t depth) {
-  return (depth + 31) / 32 * (2 * 4 * kPanelColumns + 8 * 4 * kPanelColumns);
-}
+int64_t int4_scratch_avx512vnni(int64_t depth) { return kPanels * panel_bytes((depth + 31) / 32); }
 
 }  // namespace narrowcast
