@@ -140,6 +140,9 @@ def test_a_model_that_shares_what_was_saved_apart_is_refused(tmp_path: Path, qua
         load(tmp_path / "two", nn.Sequential(block, block))
 
 
+RECURRENT_WEIGHTS = tuple(f"recurrent.weight_{s}_l{n}{d}" for s in ("ih", "hh") for n in "01" for d in ("", "_reverse"))
+
+
 class Tagger(nn.Module):
     def __init__(self, cell: str = "LSTM") -> None:
         super().__init__()
@@ -151,14 +154,9 @@ class Tagger(nn.Module):
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-@pytest.mark.parametrize("keep", [(), ("recurrent",)])
+@pytest.mark.parametrize("keep", [(), RECURRENT_WEIGHTS])
 def test_recurrent_stacks_round_trip(cell: str, keep: tuple[str, ...], tmp_path: Path, quantized: Quantizer) -> None:
-    kept = (
-        [f"recurrent.weight_{s}_l{n}{d}" for s in ("ih", "hh") for n in (0, 1) for d in ("", "_reverse")]
-        if keep
-        else []
-    )
-    saved = quantized(Tagger(cell), keep=tuple(kept))
+    saved = quantized(Tagger(cell), keep=keep)
     save(saved, tmp_path / "out")
     with torch.device("meta"):
         into = Tagger(cell)
@@ -373,7 +371,7 @@ class WithExtraState(nn.Identity):
 
 def test_extra_state_and_foreign_objects_are_refused(tmp_path: Path, quantized: Quantizer) -> None:
     saved = quantized(nn.Sequential(nn.Linear(4, 4), WithExtraState()))
-    with pytest.raises(CheckpointError, match="'1' .*extra state"):
+    with pytest.raises(CheckpointError, match=r"'1' .*extra state"):
         save(saved, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"nc\.quantize returned, got Linear"):
         save(nn.Linear(2, 2), tmp_path / "out")
@@ -394,11 +392,11 @@ def test_a_meta_tensor_that_the_checkpoint_cannot_fill_is_named(
     (lambda model: setattr(model, "norm", nn.LayerNorm(13)), r"norm\.weight: shape \[13\] in the model, \[12\]"),
     (lambda model: setattr(model, "norm", nn.Identity()), r"norm\.weight: the checkpoint has this tensor"),
     (lambda model: setattr(model, "body", nn.Identity()), r"body\.0: nothing in the model, Linear in the checkpoint"),
-    (lambda model: model.body.append(nn.PReLU()), r"body\.3\.weight: the model has this tensor, the checkpoint does not"),
+    (lambda model: model.body.append(nn.PReLU()), r"body\.3\.weight: the model has this tensor"),
     (lambda model: model.body.__setitem__(0, nn.ReLU()), r"body\.0: ReLU in the model, Linear in the checkpoint"),
-    (lambda model: model.body.__setitem__(0, nn.Linear(12, 25)), r"body\.0: Linear of \[25, 12\] in the model, \[24, 12\]"),
+    (lambda model: model.body.__setitem__(0, nn.Linear(12, 25)), r"body\.0: Linear of \[25, 12\] in the model"),
     (lambda model: setattr(model, "table", nn.Linear(12, 20)), r"table: .*Linear.* in the model"),
-    (lambda model: setattr(model, "shift", torch.zeros(12, dtype=torch.int64)), r"shift: dtype torch\.int64 in the model"),
+    (lambda model: setattr(model, "shift", torch.zeros(12, dtype=torch.int64)), r"shift: dtype torch\.int64"),
 ])  # fmt: skip
 def test_another_architecture_is_named_and_left_untouched(
     change: Callable[[Any], Any], message: str, tmp_path: Path, quantized: Quantizer, small: Any

@@ -73,7 +73,7 @@ def write_files(model: nn.Module, directory: Path) -> list[Path]:
     values = json.loads(config.to_json_string(use_diff=False))
     values = {key: value for key, value in values.items() if key not in _REFUSED_FIELDS}
     values["architectures"] = [type(model).__name__]
-    # without this, transformers' own from_pretrained would take the codes for missing weights and invent them
+    # transformers' own from_pretrained invents the weights that it misses; by this it says first that it cannot read them
     values["quantization_config"] = {"quant_method": "narrowcast"}
     written = [directory / CONFIG]
     written[0].write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

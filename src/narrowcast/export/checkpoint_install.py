@@ -299,7 +299,7 @@ def _contradiction(old: nn.Module | None, new: InstalledModule) -> str | None:
         return None if same else f"{old} in the model, {new} in the checkpoint"
     mark = new.weight_names[0] if isinstance(new, QuantizedModule) else _MARKS.get(type(new), "training")
     first = getattr(old, mark, None)
-    if first is None:
+    if first is None or hasattr(old, "num_embeddings") != isinstance(new, QuantizedEmbedding):
         return f"{type(old).__name__} in the model, {new.kind} in the checkpoint"
     if isinstance(new, QuantizedModule):
         got, expected = _geometry(old, first, new)
