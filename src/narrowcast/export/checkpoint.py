@@ -63,10 +63,7 @@ def save(quantized: Any, directory: str | Path) -> None:
         "format": FORMAT,
         "version": VERSION,
         "modules": modules,
-        "tensors": {
-            name: {"dtype": DTYPES[tensor.dtype][0], "shape": list(tensor.shape), "role": roles[name]}
-            for name, tensor in tensors.items()
-        },
+        "tensors": {name: _tensor_entry(tensor, roles[name]) for name, tensor in tensors.items()},
         "aliases": aliases,
         "specs": _specs(model),
         "recipe": _record(quantized, "recipe"),
@@ -82,6 +79,10 @@ def save(quantized: Any, directory: str | Path) -> None:
         sealed = seal({**description, "files": files})
         (staging / DESCRIPTION).write_bytes(to_json(sealed))
         validate(sealed, staging / DESCRIPTION)
+
+
+def _tensor_entry(tensor: torch.Tensor, role: str) -> dict[str, Any]:
+    return {"dtype": DTYPES[tensor.dtype][0], "shape": list(tensor.shape), "role": role}
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:

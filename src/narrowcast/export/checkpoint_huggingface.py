@@ -73,7 +73,7 @@ def write_files(model: nn.Module, directory: Path) -> list[Path]:
     values = json.loads(config.to_json_string(use_diff=False))
     values = {key: value for key, value in values.items() if key not in _REFUSED_FIELDS}
     values["architectures"] = [type(model).__name__]
-    # transformers' own from_pretrained invents the weights that it misses; by this it says first that it cannot read them
+    # transformers' own from_pretrained invents what it does not find; this makes it say that it cannot read the file
     values["quantization_config"] = {"quant_method": "narrowcast"}
     written = [directory / CONFIG]
     written[0].write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -113,12 +113,7 @@ def build(directory: Path, entry: dict[str, Any]) -> nn.Module:
     values = _without_code(read_json(directory / CONFIG, _LARGEST_CONFIG))
     refuse_absurd_depth(values, str(directory / CONFIG))
     try:
-        cls = getattr(transformers, entry["class"], None)
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-            raise CheckpointError(
-                f"{directory}: transformers {transformers.__version__} has no model class {entry['class']!r}; "
-                "install a version that has it, or pass the model as into="
-            )
+        cls = _exported_class(transformers, entry["class"], directory)
         config_class: Any = cls.config_class
         config: Any = config_class.from_dict(values)
         config._attn_implementation = entry["attention"]
@@ -133,6 +128,16 @@ def build(directory: Path, entry: dict[str, Any]) -> nn.Module:
             f"{directory / CONFIG}: {entry['class']} cannot be built from it ({type(error).__name__}: {error!s:.500})"
         ) from error
     return model
+
+
+def _exported_class(transformers: ModuleType, name: str, directory: Path) -> Any:
+    cls = getattr(transformers, name, None)
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls
+    raise CheckpointError(
+        f"{directory}: transformers {transformers.__version__} has no model class {name!r}; "
+        "install a version that has it, or pass the model as into="
+    )
 
 
 def _restore_generation(model: nn.Module, directory: Path, transformers: ModuleType) -> None:
