@@ -18,32 +18,31 @@ struct Task {
   const uint8_t** pixel;
   int64_t* tap_offset;
   int32_t* sums;
+  uint8_t* plane;  // rows of a narrow planar input without padding
   uint32_t seen = 0;
 
   int64_t row_bytes() const { return layout.row_pixels * layout.pixel_bytes; }
 };
 
-// `rows` consecutive input rows whose floats and codes are both gapless when rows > 1.
-void quantize_rows(Task& task, int64_t sample, int64_t row, int64_t rows, uint8_t* codes) {
+// `pixels` input values per channel from (row, 0) on.
+void quantize(Task& task, int64_t sample, int64_t row, int64_t pixels, uint8_t* codes) {
   const ConvShape& s = task.call.shape;
   const DenseLayout& layout = task.layout;
   const ConvKernels& kernels = *task.call.kernels;
   const CodeRange range = task.call.range[sample];
   const float* source = task.call.input + sample * s.sample_stride + row * s.row_stride;
-  const int64_t used = std::min(s.width, ceil_div(layout.row_pixels - s.left, s.up_w)) * rows;
   const int64_t pixel_stride = layout.pixel_bytes * s.up_w;
-  codes += s.left * layout.pixel_bytes;
   const bool gapless = layout.group_codes == s.group_inputs();
   const int64_t parts = gapless ? 1 : s.groups, inputs = s.channels / parts;
   for (int64_t part = 0; part < parts; ++part, codes += layout.group_codes) {
     const float* from = source + part * inputs * s.channel_stride;
     uint32_t seen = 0;
     if (!s.interleaved) {
-      seen = kernels.quantize_planes(from, s.channel_stride, inputs, used, range, codes, pixel_stride);
+      seen = kernels.quantize_planes(from, s.channel_stride, inputs, pixels, range, codes, pixel_stride);
     } else if (s.column_stride == s.channels && pixel_stride == s.channels && gapless) {
-      seen = kernels.quantize_pixels(from, 0, used * s.channels, 1, range, codes, 0);
+      seen = kernels.quantize_pixels(from, 0, pixels * s.channels, 1, range, codes, 0);
     } else {
-      seen = kernels.quantize_pixels(from, s.column_stride, inputs, used, range, codes, pixel_stride);
+      seen = kernels.quantize_pixels(from, s.column_stride, inputs, pixels, range, codes, pixel_stride);
     }
     task.seen = std::max(task.seen, seen);
   }
@@ -58,6 +57,10 @@ uint8_t* fill_segment(Task& task, int64_t sample, int64_t first, int64_t count, 
   const bool plain = s.left == 0 && layout.row_pixels == s.width && s.up_h == 1 && s.up_w == 1 && layout.row_step == 1;
   const bool gapless = plain && s.row_stride == s.width * s.column_stride;
   const bool padded_row = s.up_w > 1 || s.left > 0 || s.left + s.width < layout.row_pixels;
+  const int64_t begin = std::max<int64_t>(first - s.top, 0), end = std::min(first - s.top + count, s.height);
+  const bool together = !gapless && layout.row_step == 1 && narrow_planes(s) && begin < end;
+  if (together) quantize(task, sample, begin, (end - begin) * s.width, task.plane);
+  const int64_t used = std::min(s.width, ceil_div(layout.row_pixels - s.left, s.up_w));
   for (int64_t i = 0; i < count;) {
     uint8_t* to = codes + i * bytes;
     const int64_t up_row = first + i * layout.row_step - s.top, row = up_row / s.up_h;
@@ -68,7 +71,13 @@ uint8_t* fill_segment(Task& task, int64_t sample, int64_t first, int64_t count, 
     }
     if (padded_row) std::memset(to, zero, static_cast<size_t>(bytes));
     const int64_t rows = gapless ? std::min(count - i, s.height - row) : 1;
-    quantize_rows(task, sample, row, rows, to);
+    to += s.left * layout.pixel_bytes;
+    if (together) {
+      const uint8_t* from = task.plane + (row - begin) * s.width * layout.pixel_bytes;
+      std::memcpy(to, from, static_cast<size_t>(used * layout.pixel_bytes));
+    } else {
+      quantize(task, sample, row, used * rows, to);
+    }
     i += rows;
   }
   return codes + count * bytes;
@@ -169,14 +178,16 @@ uint32_t dense_task(const ConvCall& call, const ConvPlan& plan, int64_t index, u
   const int64_t rows = s.batch * s.out_height;
   const int64_t part = index / plan.channel_tasks, channel_part = index % plan.channel_tasks;
   Task task{call, dense_layout(s), rows * part / plan.row_tasks, rows * (part + 1) / plan.row_tasks,
-            nullptr, nullptr, nullptr, nullptr};
+            nullptr, nullptr, nullptr, nullptr, nullptr};
   const int64_t task_pixels = ceil_div(rows, plan.row_tasks) * s.out_width;
   task.sums = reinterpret_cast<int32_t*>(scratch);
   scratch += kBlockPixels * 64 * 4;
   task.pixel = reinterpret_cast<const uint8_t**>(scratch);
   scratch += padded(8 * task_pixels, 64);
   task.tap_offset = reinterpret_cast<int64_t*>(scratch);
-  task.codes = scratch + padded(8 * s.kernel_h * s.kernel_w, 64);
+  scratch += padded(8 * s.kernel_h * s.kernel_w, 64);
+  task.plane = scratch;
+  task.codes = scratch + (narrow_planes(s) ? padded(s.height * s.width * task.layout.pixel_bytes, 64) : 0);
   fill_codes(task);
   const int64_t widest = call.kernels->tile_vectors, pixels = (task.row_end - task.row_begin) * s.out_width;
   const int64_t block_panels = widest < 2 ? 1 : pixels <= call.kernels->tile_rows / 2 ? widest : 2;

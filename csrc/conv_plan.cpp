@@ -36,6 +36,10 @@ double estimate_nanoseconds(const ConvShape& s) {
   return outputs * taps / 150.0 + 0.15 * inputs + 0.15 * outputs;
 }
 
+int64_t narrow_bytes(const ConvShape& s, int64_t rows, int64_t pixel_bytes) {
+  return narrow_planes(s) ? std::min(rows, s.batch * s.height) * s.width * pixel_bytes : 0;
+}
+
 ConvPlan plan_dense(const ConvShape& s, const ConvKernels& kernels, int64_t threads) {
   const DenseLayout layout = dense_layout(s);
   const int64_t rows = s.batch * s.out_height, pixels = rows * s.out_width;
@@ -54,7 +58,7 @@ ConvPlan plan_dense(const ConvShape& s, const ConvKernels& kernels, int64_t thre
   const int64_t buffered = task_rows * layout.rows_per_output + segments * layout.row_reach;
   plan.scratch_bytes = padded(buffered * layout.row_pixels * layout.pixel_bytes, 64) +
                        padded(8 * task_rows * s.out_width, 64) + padded(8 * s.kernel_h * s.kernel_w, 64) +
-                       48 * 64 * 4 + 256;
+                       48 * 64 * 4 + padded(narrow_bytes(s, s.height, layout.pixel_bytes), 64) + 256;
   return plan;
 }
 
@@ -72,7 +76,7 @@ ConvPlan plan_depthwise(const ConvShape& s, int64_t threads) {
   plan.row_tasks = std::min(plan.row_tasks, s.out_height);
   const int64_t rows = (ceil_div(s.out_height, plan.row_tasks) - 1) * s.stride_h + reach;
   plan.scratch_bytes = (rows + 1) * layout.words * 64 + layout.phases * s.kernel_h * layout.span * 64 +
-                       padded(s.out_width, 4) * 64 + 256;
+                       (epilogue_rows(s) * s.out_width + 4) * 64 + narrow_bytes(s, rows, kLane) + 256;
   return plan;
 }
 
@@ -124,6 +128,12 @@ DepthwiseLayout depthwise_layout(const ConvShape& s) {
   const int64_t repeats = ceil_div(s.out_width, layout.phases);
   layout.words = (repeats - 1) * layout.advance + layout.first[layout.phases - 1] + layout.span;
   return layout;
+}
+
+int64_t epilogue_rows(const ConvShape& s) { return std::max<int64_t>(1, 64 / s.out_width); }
+
+bool narrow_planes(const ConvShape& s) {
+  return !s.interleaved && s.up_h == 1 && s.up_w == 1 && s.width % 16 != 0 && s.width < 64;
 }
 
 ConvPlan plan_conv(const ConvShape& shape, const ConvKernels& kernels, int64_t threads) {

@@ -78,5 +78,10 @@ struct DepthwiseLayout {
   int square;     // see ConvKernels::depthwise_row
 };
 DepthwiseLayout depthwise_layout(const ConvShape& shape);
+// Output rows per epilogue: a transpose of 16 x 16 values wants 16 pixels.
+int64_t epilogue_rows(const ConvShape& shape);
+
+// Planar rows so short that vectors would be half empty: their plane is quantized in one run, then cut into rows.
+bool narrow_planes(const ConvShape& shape);
 
 }  // namespace narrowcast

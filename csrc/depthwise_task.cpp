@@ -14,47 +14,72 @@ struct Block {
   int64_t sample, channel, channels;
   uint8_t* words;   // [rows][layout.words][16][4]
   uint8_t* pixels;  // one row, [4 * layout.words][16]; its padding is already written
+  uint8_t* plane;   // the rows of a narrow planar input without padding, [rows * width][16]
   uint32_t seen = 0;
 };
 
-void fill_row(Block& block, int64_t padded_row, uint8_t* words) {
+// Input values from (row, 0) on, `pixels` of them in a row, as codes [pixels][16], `spread` pixels apart.
+void quantize(Block& block, int64_t row, int64_t pixels, int64_t spread, uint8_t* codes) {
   const ConvShape& s = block.call.shape;
   const ConvKernels& kernels = *block.call.kernels;
-  const CodeRange range = block.call.range[block.sample];
-  const int64_t up_row = padded_row - s.top, row = up_row / s.up_h, pixels = 4 * block.layout.words;
-  if (up_row < 0 || row >= s.height || up_row % s.up_h != 0) {
-    std::memset(words, range.zero_point, static_cast<size_t>(pixels * kLane));
-    return;
-  }
   const float* source = block.call.input + block.sample * s.sample_stride + block.channel * s.channel_stride +
                         row * s.row_stride;
-  const int64_t used = std::min(s.width, ceil_div(pixels - s.left, s.up_w));
-  uint8_t* to = block.pixels + s.left * kLane;
-  const auto quantize = s.interleaved ? kernels.quantize_pixels : kernels.quantize_planes;
+  const auto body = s.interleaved ? kernels.quantize_pixels : kernels.quantize_planes;
   const int64_t stride = s.interleaved ? s.column_stride : s.channel_stride;
-  const uint32_t seen = quantize(source, stride, block.channels, used, range, to, kLane * s.up_w);
-  block.seen = std::max(block.seen, seen);
-  kernels.interleave_words(block.pixels, kLane, block.layout.words, words);
+  const CodeRange range = block.call.range[block.sample];
+  block.seen = std::max(block.seen, body(source, stride, block.channels, pixels, range, codes, kLane * spread));
 }
 
+void fill_rows(Block& block, int64_t first, int64_t count) {
+  const ConvShape& s = block.call.shape;
+  const int64_t pixels = 4 * block.layout.words, used = std::min(s.width, ceil_div(pixels - s.left, s.up_w));
+  const int64_t begin = std::max<int64_t>(first - s.top, 0), end = std::min(first - s.top + count, s.height);
+  const bool together = narrow_planes(s) && begin < end;
+  if (together) quantize(block, begin, (end - begin) * s.width, 1, block.plane);
+  uint8_t* inner = block.pixels + s.left * kLane;
+  for (int64_t i = 0; i < count; ++i) {
+    uint8_t* words = block.words + i * pixels * kLane;
+    const int64_t up_row = first + i - s.top, row = up_row / s.up_h;
+    if (up_row < 0 || row >= s.height || up_row % s.up_h != 0) {
+      std::memset(words, block.call.range[block.sample].zero_point, static_cast<size_t>(pixels * kLane));
+      continue;
+    }
+    if (together) {
+      std::memcpy(inner, block.plane + (row - begin) * s.width * kLane, static_cast<size_t>(used * kLane));
+    } else {
+      quantize(block, row, used, s.up_w, inner);
+    }
+    block.call.kernels->interleave_words(block.pixels, kLane, block.layout.words, words);
+  }
+}
+
+// Output rows are collected until they are worth an epilogue.
 void compute_rows(const Block& block, DepthwiseRow& row, int64_t row_begin, int64_t row_end) {
   const ConvCall& call = block.call;
   const ConvShape& s = call.shape;
   const int64_t plane = s.out_height * s.out_width, c = block.channel;
   const Epilogue epilogue{call.scale + c, call.bias ? call.bias + c : nullptr, call.weight_sum + c,
                           call.range[block.sample].zero_point, call.input_scale[block.sample], nullptr};
-  for (int64_t y = row_begin; y < row_end; ++y) {
-    row.words = block.words + (y - row_begin) * s.stride_h * block.layout.words * 64;
-    call.kernels->depthwise_row(row, block.layout.square, static_cast<int>(s.stride_w));
-    const int64_t at = y * s.out_width;
+  int32_t* const sums = row.sums;
+  const int64_t together = epilogue_rows(s);
+  for (int64_t first = row_begin; first < row_end; first += together) {
+    const int64_t end = std::min(first + together, row_end);
+    for (int64_t y = first; y < end; ++y) {
+      row.words = block.words + (y - row_begin) * s.stride_h * block.layout.words * 64;
+      // A row may write up to three outputs too many; the next row overwrites them.
+      row.sums = sums + (y - first) * s.out_width * kLane;
+      call.kernels->depthwise_row(row, block.layout.square, static_cast<int>(s.stride_w));
+    }
+    const int64_t at = first * s.out_width, pixels = (end - first) * s.out_width;
     if (s.channels_last) {
       float* to = call.output + (block.sample * plane + at) * s.channels + c;
-      call.kernels->store_pixels(row.sums, kLane, s.out_width, block.channels, epilogue, to, s.channels);
+      call.kernels->store_pixels(sums, kLane, pixels, block.channels, epilogue, to, s.channels);
     } else {
       float* to = call.output + (block.sample * s.channels + c) * plane + at;
-      call.kernels->store_planes(row.sums, kLane, s.out_width, block.channels, epilogue, to, plane);
+      call.kernels->store_planes(sums, kLane, pixels, block.channels, epilogue, to, plane);
     }
   }
+  row.sums = sums;
 }
 
 }  // namespace
@@ -76,7 +101,7 @@ uint32_t depthwise_task(const ConvCall& call, const ConvPlan& plan, int64_t inde
   row.advance = layout.advance;
   row.width = s.out_width;
   row.sums = reinterpret_cast<int32_t*>(scratch);
-  scratch += padded(s.out_width, 4) * 64;
+  scratch += (epilogue_rows(s) * s.out_width + 4) * 64;
   int8_t* weights = reinterpret_cast<int8_t*>(scratch);
   row.weights = weights;
   scratch += layout.phases * s.kernel_h * layout.span * 64;
@@ -85,9 +110,9 @@ uint32_t depthwise_task(const ConvCall& call, const ConvPlan& plan, int64_t inde
   for (int64_t unit = units * unit_part / plan.channel_tasks; unit < end; ++unit) {
     const int64_t channel = unit % blocks * kLane;
     Block block{call, layout, unit / blocks, channel, std::min<int64_t>(kLane, s.channels - channel),
-                scratch + row_bytes, scratch};
+                scratch + row_bytes, scratch, scratch + (rows + 1) * row_bytes};
     std::memset(block.pixels, call.range[block.sample].zero_point, static_cast<size_t>(row_bytes));
-    for (int64_t i = 0; i < rows; ++i) fill_row(block, row_begin * s.stride_h + i, block.words + i * row_bytes);
+    fill_rows(block, row_begin * s.stride_h, rows);
     const int8_t* taps = call.packed + channel * s.kernel_h * s.kernel_w;
     call.kernels->depthwise_weights(taps, static_cast<int>(s.kernel_w), static_cast<int>(s.dilation_w),
                                     static_cast<int>(s.stride_w), row, weights);
