@@ -94,6 +94,27 @@ Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, ScalarType type) {
   return Tensor(handle);
 }
 
+InputRange::InputRange(const Tensor& inverse, const Tensor& zero_point, int64_t channels, const char* op) {
+  check_tensor(inverse, ScalarType::Float, 1, op, "input_inverse");
+  check_tensor(zero_point, ScalarType::Int, 1, op, "input_zero_point");
+  const int64_t count = inverse.numel();
+  NARROWCAST_CHECK(count == 1 || count == channels, op, "input_inverse must have 1 or ", channels, " entries, got ",
+                   count);
+  check_length(zero_point, count, op, "input_zero_point");
+  inverse_ = Contiguous(inverse), zero_point_ = Contiguous(zero_point);
+  const auto* bits = inverse_.data<int32_t>();
+  const int32_t* zeros = zero_point_.data<int32_t>();
+  int32_t wrong = 0, all = 0, changes = 0;
+  for (int64_t i = 0; i < count; ++i) {  // a float is positive and finite when its bits are in 1..0x7f7fffff
+    wrong |= (bits[i] < 1) | (bits[i] >= 0x7f800000);
+    all |= zeros[i];
+    changes |= zeros[i] ^ zeros[0];
+  }
+  NARROWCAST_CHECK(wrong == 0, op, "input_inverse must be positive and finite");
+  NARROWCAST_CHECK((all & ~255) == 0, op, "input_zero_point must be in 0..255");
+  per_channel_ = count != 1, one_zero_point_ = changes == 0;
+}
+
 Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, FloatType type) {
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   return empty_tensor(sizes, dimensions, types[static_cast<int>(type)]);

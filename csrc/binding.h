@@ -69,6 +69,23 @@ class Contiguous {
   const void* data_ = nullptr;
 };
 
+// How the caller fixed the codes of a static op's input: code = rne(x * inverse) + zero_point, clamped to 0..255, with
+// one pair for all channels or one per channel. Raises unless inverse > 0 and zero_point is in 0..255 everywhere.
+class InputRange {
+ public:
+  InputRange(const Tensor& inverse, const Tensor& zero_point, int64_t channels, const char* op);
+
+  const float* inverse() const { return inverse_.data<float>(); }
+  const int32_t* zero_point() const { return zero_point_.data<int32_t>(); }
+  bool per_channel() const { return per_channel_; }
+  // Whether all channels have the first one's zero point.
+  bool one_zero_point() const { return one_zero_point_; }
+
+ private:
+  Contiguous inverse_, zero_point_;
+  bool per_channel_, one_zero_point_;
+};
+
 // A new uninitialised contiguous CPU tensor.
 Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, FloatType type);
 Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, ScalarType type);

@@ -85,12 +85,12 @@ bool is_parallel(int64_t rows, int64_t columns, int64_t depth) {
 }
 
 struct Int8Arguments {
-  Contiguous weight, scale, weight_sum, bias;
+  Contiguous weight, scale, offset, bias;
   int64_t columns;
 };
 
-Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
-                        const std::optional<Tensor>& bias, const char* op) {
+Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor& scale, const Tensor& offset,
+                        const char* offset_name, const std::optional<Tensor>& bias, const char* op) {
   check_tensor(weight, ScalarType::Char, 2, op, "weight");
   const int64_t columns = weight.size(0);
   NARROWCAST_CHECK(weight.size(1) == x.depth, op, "x has ", x.depth, " input features, weight has ", weight.size(1));
@@ -98,14 +98,14 @@ Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor
   NARROWCAST_CHECK(x.depth <= 65536, op, "more than 65536 input features overflow the int32 sums");
   check_tensor(scale, ScalarType::Float, 1, op, "scale");
   check_length(scale, columns, op, "scale");
-  check_tensor(weight_sum, ScalarType::Int, 1, op, "weight_sum");
-  check_length(weight_sum, columns, op, "weight_sum");
-  return {Contiguous(weight), Contiguous(scale), Contiguous(weight_sum), Contiguous(bias, columns, op, "bias"), columns};
+  check_tensor(offset, ScalarType::Int, 1, op, offset_name);
+  check_length(offset, columns, op, offset_name);
+  return {Contiguous(weight), Contiguous(scale), Contiguous(offset), Contiguous(bias, columns, op, "bias"), columns};
 }
 
 // Quantizes by quantize_row(row, codes, &row_scale) and multiplies.
 template <class QuantizeRow>
-Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t zero_point, const char* op,
+Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t offset_factor, const char* op,
                 const QuantizeRow& quantize_row) {
   const int64_t columns = arguments.columns, stride = round_up(x.depth > 0 ? x.depth : 1, 64);
   Tensor out = x.empty_output(columns);
@@ -118,10 +118,10 @@ Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t ze
   const Int8Linear problem = {codes,
                               stride,
                               row_scale,
-                              zero_point,
+                              offset_factor,
                               arguments.weight.data<int8_t>(),
                               arguments.scale.data<float>(),
-                              arguments.weight_sum.data<int32_t>(),
+                              arguments.offset.data<int32_t>(),
                               arguments.bias.data<float>(),
                               x.depth,
                               out.mutable_data_ptr(),
@@ -139,7 +139,7 @@ Tensor linear_int8_dynamic(const Tensor& x_tensor, const Tensor& weight, const T
                            const std::optional<Tensor>& bias) {
   constexpr const char* op = "linear_int8_dynamic";
   const Activations x(x_tensor, op);
-  const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, bias, op);
+  const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, "weight_sum", bias, op);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
   return run_int8(x, arguments, 128, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
     const uint32_t bits = quantize.absmax_bits(x.row(row), x.type, x.depth);
@@ -151,22 +151,20 @@ Tensor linear_int8_dynamic(const Tensor& x_tensor, const Tensor& weight, const T
   });
 }
 
-Tensor linear_int8_static(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
-                          const std::optional<Tensor>& bias, double input_scale, int64_t input_zero_point) {
+Tensor linear_int8_static(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale, const Tensor& zero_sum,
+                          const std::optional<Tensor>& bias, const Tensor& input_inverse,
+                          const Tensor& input_zero_point) {
   constexpr const char* op = "linear_int8_static";
   const Activations x(x_tensor, op);
-  const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, bias, op);
-  const auto step = static_cast<float>(input_scale);
-  const float inverse = 1.0f / step;
-  NARROWCAST_CHECK(step > 0.0f && inverse > 0.0f && inverse < bits_to_float(kNonFiniteBits), op,
-                   "input_scale must be a positive finite number, got ", input_scale);
-  NARROWCAST_CHECK(input_zero_point >= 0 && input_zero_point <= 255, op, "input_zero_point must be in 0..255, got ",
-                   input_zero_point);
-  const auto zero_point = static_cast<int32_t>(input_zero_point);
+  const Int8Arguments arguments = read_int8(x, weight, scale, zero_sum, "zero_sum", bias, op);
+  const InputRange range(input_inverse, input_zero_point, x.depth, op);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
-  return run_int8(x, arguments, zero_point, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
-    *row_scale = step;
-    return quantize.to_uint8(x.row(row), x.type, x.depth, inverse, zero_point, codes);
+  return run_int8(x, arguments, 1, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
+    *row_scale = 1.0f;
+    if (range.per_channel()) {
+      return quantize.to_uint8_channels(x.row(row), x.type, x.depth, range.inverse(), range.zero_point(), codes);
+    }
+    return quantize.to_uint8(x.row(row), x.type, x.depth, *range.inverse(), *range.zero_point(), codes);
   });
 }
 

@@ -110,16 +110,16 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
     int64_t column = columns.begin;
     for (; column + 8 <= columns.end; column += 8) {
       const auto* source = reinterpret_cast<const __m256i*>(sums + r * stride + (column - columns.begin));
-      const auto* weight_sum = reinterpret_cast<const __m256i*>(problem.weight_sum + column);
+      const auto* offset = reinterpret_cast<const __m256i*>(problem.offset + column);
       const __m256i correction =
-          _mm256_mullo_epi32(_mm256_loadu_si256(weight_sum), _mm256_set1_epi32(problem.zero_point));
+          _mm256_mullo_epi32(_mm256_loadu_si256(offset), _mm256_set1_epi32(problem.offset_factor));
       const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(source), correction));
       __m256 value = _mm256_mul_ps(product, _mm256_mul_ps(row_scale, _mm256_loadu_ps(problem.scale + column)));
       if (problem.bias != nullptr) value = _mm256_add_ps(value, _mm256_loadu_ps(problem.bias + column));
       store8(problem.out, problem.out_type, row * problem.out_stride + column, 8, value);
     }
     for (; column < columns.end; ++column) {
-      const int32_t sum = sums[r * stride + (column - columns.begin)] - problem.zero_point * problem.weight_sum[column];
+      const int32_t sum = sums[r * stride + (column - columns.begin)] - problem.offset_factor * problem.offset[column];
       float value = static_cast<float>(sum) * (problem.row_scale[row] * problem.scale[column]);
       if (problem.bias != nullptr) value += problem.bias[column];
       store_float(problem.out, problem.out_type, row * problem.out_stride + column, value);

@@ -139,8 +139,8 @@ __attribute__((noinline)) void panel_rows(const uint8_t* codes, int64_t stride, 
 void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Range columns, const int32_t* sums) {
   for (int64_t column = columns.begin; column < columns.end; column += 16) {
     const __mmask16 mask = lanes16(columns.end - column);
-    const __m512i correction = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(mask, problem.weight_sum + column),
-                                                  _mm512_set1_epi32(problem.zero_point));
+    const __m512i correction = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(mask, problem.offset + column),
+                                                  _mm512_set1_epi32(problem.offset_factor));
     const __m512 scale = _mm512_maskz_loadu_ps(mask, problem.scale + column);
     const __m512 bias =
         problem.bias != nullptr ? _mm512_maskz_loadu_ps(mask, problem.bias + column) : _mm512_setzero_ps();

@@ -7,7 +7,7 @@ namespace narrowcast {
 void int8_tile_scalar(const Int8Linear& problem, Range rows, Range columns, void*) {
   for (int64_t column = columns.begin; column < columns.end; ++column) {
     const int8_t* weight = problem.weight + column * problem.depth;
-    const int32_t correction = problem.zero_point * problem.weight_sum[column];
+    const int32_t correction = problem.offset_factor * problem.offset[column];
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const uint8_t* codes = problem.codes + row * problem.code_stride;
       int32_t sum = 0;

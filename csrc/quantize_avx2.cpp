@@ -63,6 +63,39 @@ bool uint8_of(const void* x, int64_t count, float inverse, int32_t zero_point, u
   return largest_lane(step.largest) < kNonFiniteBits;
 }
 
+// Every channel its own step. Codes beyond -255..255 are beyond 0..255 with any zero point: packing saturates them.
+struct ChannelStep {
+  const float* inverse;
+  const int32_t* zero_point;
+  __m256i largest;
+
+  __m256i codes(__m256 value, int64_t index) {
+    largest = _mm256_max_epi32(largest, magnitude_bits(value));
+    const __m256 scaled = _mm256_mul_ps(value, _mm256_loadu_ps(inverse + index));
+    const __m256 step = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-255.0f)), _mm256_set1_ps(255.0f));
+    const __m256i zero = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(zero_point + index));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(step), zero);
+  }
+};
+
+template <FloatType type>
+bool channels_of(const void* x, int64_t count, const float* inverse, const int32_t* zero_point, uint8_t* codes) {
+  ChannelStep step = {inverse, zero_point, _mm256_setzero_si256()};
+  int64_t index = 0;
+  for (; index + 32 <= count; index += 32) {
+    __m256i parts[4];
+    for (int part = 0; part < 4; ++part) {
+      parts[part] = step.codes(load8<type>(x, index + 8 * part), index + 8 * part);
+    }
+    const __m256i bytes = NARROWCAST_PACK32(_mm256_packus_epi16, parts[0], parts[1], parts[2], parts[3]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + index), bytes);
+  }
+  const void* rest = static_cast<const char*>(x) + index * float_bytes(type);
+  const bool finite = quantize_scalar.to_uint8_channels(rest, type, count - index, inverse + index, zero_point + index,
+                                                        codes + index);
+  return finite && largest_lane(step.largest) < kNonFiniteBits;
+}
+
 template <FloatType type>
 bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
   const __m256i evens_first = _mm256_broadcastsi128_si256(
@@ -105,6 +138,13 @@ bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32
   return uint8_of<FloatType::float16>(x, count, inverse, zero_point, codes);
 }
 
+bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float* inverse, const int32_t* zero_point,
+                       uint8_t* codes) {
+  if (type == FloatType::float32) return channels_of<FloatType::float32>(x, count, inverse, zero_point, codes);
+  if (type == FloatType::bfloat16) return channels_of<FloatType::bfloat16>(x, count, inverse, zero_point, codes);
+  return channels_of<FloatType::float16>(x, count, inverse, zero_point, codes);
+}
+
 bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
   if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
   if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
@@ -113,6 +153,6 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
 
 }  // namespace
 
-const QuantizeKernels quantize_avx2 = {absmax_bits, to_uint8, to_int8_groups};
+const QuantizeKernels quantize_avx2 = {absmax_bits, to_uint8, to_uint8_channels, to_int8_groups};
 
 }  // namespace narrowcast

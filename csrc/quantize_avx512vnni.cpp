@@ -60,6 +60,31 @@ bool uint8_of(const void* x, int64_t count, float inverse, int32_t zero_point, u
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(step.largest)) < kNonFiniteBits;
 }
 
+// Every channel its own step. Codes beyond -255..255 are beyond 0..255 with any zero point: packing saturates them.
+struct ChannelStep {
+  const float* inverse;
+  const int32_t* zero_point;
+  __m512i largest;
+
+  __m512i codes(__m512 value, int64_t index, __mmask16 mask) {
+    largest = _mm512_max_epi32(largest, magnitude_bits(value));
+    const __m512 scaled = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, inverse + index));
+    const __m512 step = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-255.0f)), _mm512_set1_ps(255.0f));
+    return _mm512_add_epi32(_mm512_cvtps_epi32(step), _mm512_maskz_loadu_epi32(mask, zero_point + index));
+  }
+};
+
+template <FloatType type>
+bool channels_of(const void* x, int64_t count, const float* inverse, const int32_t* zero_point, uint8_t* codes) {
+  ChannelStep step = {inverse, zero_point, _mm512_setzero_si512()};
+  for (int64_t index = 0; index < count; index += 16) {
+    const __mmask16 mask = lanes16(count - index);
+    const __m512i values = step.codes(load16<type>(x, index, mask), index, mask);
+    _mm512_mask_cvtusepi32_storeu_epi8(codes + index, mask, _mm512_max_epi32(values, _mm512_setzero_si512()));
+  }
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(step.largest)) < kNonFiniteBits;
+}
+
 template <FloatType type>
 bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
   // Even elements of each lane to its low half; then the two low halves together.
@@ -96,6 +121,13 @@ bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32
   return uint8_of<FloatType::float16>(x, count, inverse, zero_point, codes);
 }
 
+bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float* inverse, const int32_t* zero_point,
+                       uint8_t* codes) {
+  if (type == FloatType::float32) return channels_of<FloatType::float32>(x, count, inverse, zero_point, codes);
+  if (type == FloatType::bfloat16) return channels_of<FloatType::bfloat16>(x, count, inverse, zero_point, codes);
+  return channels_of<FloatType::float16>(x, count, inverse, zero_point, codes);
+}
+
 bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
   if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
   if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
@@ -104,6 +136,6 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
 
 }  // namespace
 
-const QuantizeKernels quantize_avx512vnni = {absmax_bits, to_uint8, to_int8_groups};
+const QuantizeKernels quantize_avx512vnni = {absmax_bits, to_uint8, to_uint8_channels, to_int8_groups};
 
 }  // namespace narrowcast

@@ -31,6 +31,16 @@ bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32
   return finite;
 }
 
+bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float* inverse, const int32_t* zero_point,
+                       uint8_t* codes) {
+  bool finite = true;
+  for (int64_t index = 0; index < count; ++index) {
+    const float value = load_float(x, type, index);
+    finite &= to_uint8(&value, FloatType::float32, 1, inverse[index], zero_point[index], codes + index);
+  }
+  return finite;
+}
+
 bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
   for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
     const int64_t length = count - start < kActivationGroup ? count - start : kActivationGroup;
@@ -54,6 +64,6 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
 
 }  // namespace
 
-const QuantizeKernels quantize_scalar = {absmax_bits, to_uint8, to_int8_groups};
+const QuantizeKernels quantize_scalar = {absmax_bits, to_uint8, to_uint8_channels, to_int8_groups};
 
 }  // namespace narrowcast

@@ -31,6 +31,22 @@ def int8_arguments(rows: int, columns: int, depth: int, *, bias: bool = True) ->
     return x, weight, scale, weight_sum, torch.randn(columns, generator=random) if bias else None
 
 
+def static_arguments(
+    arguments: tuple[Tensor | None, ...], step: float, zero_point: int, *, per_channel: bool = False
+) -> tuple[Tensor | None, ...]:
+    """What linear_int8_static wants in place of int8_arguments; per channel, steps and zero points vary."""
+    x, weight, scale, _, bias = arguments
+    count = weight.shape[1] if per_channel else 1
+    random = generator(count, zero_point)
+    inverse = 1.0 / (step * torch.logspace(-1, 1, count, base=4.0) if per_channel else torch.tensor([step]))
+    zeros = torch.full((count,), zero_point, dtype=torch.int32)
+    if per_channel:
+        zeros = torch.randint(0, 256, (count,), dtype=torch.int32, generator=random)
+        zeros[:2] = torch.tensor([0, 255])[:count]
+    zero_sum = (zeros * weight.to(torch.int32)).sum(dim=1, dtype=torch.int32)
+    return x, weight, scale * step, zero_sum, bias, inverse, zeros
+
+
 def int4_arguments(
     rows: int, columns: int, depth: int, *, group: int = 32, asymmetric: bool = False, bias: bool = True
 ) -> tuple[Tensor | int | None, ...]:

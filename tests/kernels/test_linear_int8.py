@@ -13,6 +13,7 @@ from tests.kernels.linear_cases import (
     int8_arguments,
     native,
     reference,
+    static_arguments,
 )
 
 DYNAMIC, STATIC = "linear_int8_dynamic", "linear_int8_static"
@@ -24,14 +25,16 @@ def test_every_size_gives_the_reference_bits(every_tier: Tiers, depth: int) -> N
         for columns in COLUMNS:
             arguments = int8_arguments(rows, columns, depth, bias=columns % 2 == 0)
             assert_same(every_tier, DYNAMIC, *arguments)
-            assert_same(every_tier, STATIC, *arguments, 0.037, 101)
+            assert_same(every_tier, STATIC, *static_arguments(arguments, 0.037, 101))
+            assert_same(every_tier, STATIC, *static_arguments(arguments, 0.037, 101, per_channel=True))
 
 
 @pytest.mark.parametrize("shape", [(7, 130, 64), (64, 65, 100), (130, 200, 384), (300, 384, 384), (5, 2000, 1000)])
 def test_large_and_threaded_sizes_give_the_reference_bits(every_tier: Tiers, shape: tuple[int, int, int]) -> None:
     arguments = int8_arguments(*shape)
     assert_same(every_tier, DYNAMIC, *arguments)
-    assert_same(every_tier, STATIC, *arguments, 0.05, 3)
+    assert_same(every_tier, STATIC, *static_arguments(arguments, 0.05, 3))
+    assert_same(every_tier, STATIC, *static_arguments(arguments, 0.05, 3, per_channel=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -39,8 +42,10 @@ def test_large_and_threaded_sizes_give_the_reference_bits(every_tier: Tiers, sha
 def test_half_precision_in_and_out_gives_the_reference_bits(every_tier: Tiers, dtype: torch.dtype, depth: int) -> None:
     for rows in (1, 3, 17):
         x, *rest = int8_arguments(rows, 65, depth)
-        assert_same(every_tier, DYNAMIC, x.to(dtype), *rest)
-        assert_same(every_tier, STATIC, x.to(dtype), *rest, 0.037, 101)
+        arguments = (x.to(dtype), *rest)
+        assert_same(every_tier, DYNAMIC, *arguments)
+        for per_channel in (False, True):
+            assert_same(every_tier, STATIC, *static_arguments(arguments, 0.037, 101, per_channel=per_channel))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 64])
@@ -53,8 +58,11 @@ def test_extreme_codes_do_not_saturate(tier: str, rows: int, sign: int) -> None:
     y = native(DYNAMIC, x, weight, torch.ones(columns), weight_sum, None)
     step = torch.ones(1) / 127
     assert torch.equal(y, torch.full_like(y, 127.0 * 127 * depth * sign) * step)
-    y = native(STATIC, 255 * x, weight, torch.ones(columns), weight_sum, None, 1.0, 0)
-    assert torch.equal(y, torch.full_like(y, 255.0 * 127 * depth * sign))
+    for per_channel in (False, True):
+        count = depth if per_channel else 1
+        one, zero, none = torch.ones(count), torch.zeros(count, dtype=torch.int32), torch.zeros_like(weight_sum)
+        y = native(STATIC, 1e30 * x, weight, torch.ones(columns), none, None, one, zero)
+        assert torch.equal(y, torch.full_like(y, 255.0 * 127 * depth * sign))
 
 
 def test_integer_sums_are_exact_when_the_scales_are_one(tier: str) -> None:
@@ -68,8 +76,22 @@ def test_integer_sums_are_exact_when_the_scales_are_one(tier: str) -> None:
 def test_the_smallest_weight_code_is_exact(tier: str) -> None:
     weight = torch.full((5, 100), -128, dtype=torch.int8)
     x = torch.zeros(2, 100)
-    y = native(STATIC, x, weight, torch.ones(5), weight.sum(1, dtype=torch.int32), None, 1.0, 255)
+    y = native(STATIC, *static_arguments((x, weight, torch.ones(5), None, None), 1.0, 255))
     assert torch.equal(y, torch.zeros(2, 5))
+
+
+def test_scales_per_channel_folded_into_the_weight_give_the_float_product(tier: str) -> None:
+    random = torch.Generator().manual_seed(5)
+    magnitude, weight = torch.logspace(-2, 2, 77), torch.randn(19, 77, generator=random)
+    x = torch.rand(33, 77, generator=random) * magnitude - 0.3 * magnitude
+    step, zero_point = magnitude / 255, torch.full((77,), 77, dtype=torch.int32)
+    folded = weight * step
+    scale = folded.abs().amax(dim=1) / 127
+    codes = torch.round(folded / scale[:, None]).to(torch.int8)
+    zero_sum = (zero_point * codes).sum(dim=1, dtype=torch.int32)
+    y = native(STATIC, x, codes, scale, zero_sum, None, 1 / step, zero_point)
+    expected = x @ weight.t()
+    assert (y - expected).norm() / expected.norm() < 0.02
 
 
 def test_non_contiguous_and_many_dimensional_input(tier: str) -> None:
@@ -109,14 +131,15 @@ def test_zero_and_denormal_rows_count_as_zero(every_tier: Tiers) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [DYNAMIC, STATIC])
 def test_a_non_finite_activation_raises_and_names_the_first_row(tier: str, value: float, name: str) -> None:
-    extra = (0.1, 128) if name == STATIC else ()
     for rows, bad, depth in ((4, 2, 70), (700, 500, 384)):
-        x, *rest = int8_arguments(rows, 40, depth)
-        x[bad, depth - 1] = value
-        x[-1, 0] = value
-        for body in (native, reference):
-            with pytest.raises(RuntimeError, match=f"Non-finite value in row {bad} of x"):
-                body(name, x, *rest, *extra)
+        dynamic = int8_arguments(rows, 40, depth)
+        dynamic[0][bad, depth - 1] = value
+        dynamic[0][-1, 0] = value
+        for per_channel in (False, True):
+            static = static_arguments(dynamic, 0.1, 128, per_channel=per_channel)
+            for body in (native, reference):
+                with pytest.raises(RuntimeError, match=f"Non-finite value in row {bad} of x"):
+                    body(name, *(static if name == STATIC else dynamic))
 
 
 def test_thread_count_does_not_change_the_result(tier: str, threads: None) -> None:
@@ -145,12 +168,31 @@ def test_wrong_arguments_raise() -> None:
     for *arguments, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             native(DYNAMIC, *arguments)
-    for step, zero_point, message in ((0.0, 0, "input_scale"), (float("nan"), 0, "input_scale"), (0.1, 256, "0..255")):
-        with pytest.raises(RuntimeError, match=message):
-            native(STATIC, x, weight, scale, weight_sum, bias, step, zero_point)
+
+
+@pytest.mark.parametrize(
+    ("inverse", "zero_point", "message"),
+    [
+        ([0.0], [0], "input_inverse must be positive"),
+        ([1.0] * 7 + [float("nan")], [0] * 8, "input_inverse must be positive"),
+        ([1.0] * 7 + [float("inf")], [0] * 8, "input_inverse must be positive"),
+        ([-1.0], [0], "input_inverse must be positive"),
+        ([1.0], [256], "input_zero_point must be in 0..255"),
+        ([1.0] * 8, [0] * 7 + [-1], "input_zero_point must be in 0..255"),
+        ([1.0] * 7, [0] * 7, "input_inverse must have 1 or 8 entries, got 7"),
+        ([1.0] * 8, [0], r"input_zero_point must have shape \[8\]"),
+        ([1.0], [0.0], "input_zero_point must be int32"),
+    ],
+)
+def test_a_wrong_input_range_raises(inverse: list[float], zero_point: list[float], message: str) -> None:
+    arguments = int8_arguments(2, 6, 8)
+    zeros = torch.tensor(zero_point)
+    zeros = zeros if zeros.is_floating_point() else zeros.to(torch.int32)
+    with pytest.raises(RuntimeError, match=message):
+        native(STATIC, *arguments, torch.tensor(inverse), zeros)
 
 
 def test_opcheck_passes() -> None:
     arguments = int8_arguments(3, 17, 40)
     torch.library.opcheck(torch.ops.narrowcast.linear_int8_dynamic.default, arguments)
-    torch.library.opcheck(torch.ops.narrowcast.linear_int8_static.default, (*arguments, 0.1, 128))
+    torch.library.opcheck(torch.ops.narrowcast.linear_int8_static.default, static_arguments(arguments, 0.1, 128))

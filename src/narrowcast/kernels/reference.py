@@ -90,34 +90,33 @@ def linear_int8_static(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    weight_sum: Tensor,
+    zero_sum: Tensor,
     bias: Tensor | None,
-    input_scale: float,
-    input_zero_point: int,
+    input_inverse: Tensor,
+    input_zero_point: Tensor,
 ) -> Tensor:
-    """Linear layer with int8 weights and activations quantized to uint8 with a scale known beforehand.
+    """Linear layer with int8 weights and activations quantized to uint8 with ranges known beforehand.
 
     Args:
         x:                [..., K] float32, bfloat16 or float16.
         weight:           [N, K] int8.
-        scale:            [N] float32, weight units per code step.
-        weight_sum:       [N] int32, the sum of each weight row.
+        scale:            [N] float32, output units per integer: weight scale times input scale. Where every channel has
+            its own input scale, the caller has folded those into the weight, and this is the weight scale alone.
+        zero_sum:         [N] int32, the sum over k of input_zero_point[k] * weight[n, k].
         bias:             [N] float, or None.
-        input_scale:      > 0, activation units per code step.
-        input_zero_point: 0..255, the code that means 0.0.
+        input_inverse:    [1] or [K] float32 > 0, code steps per activation unit: 1 / input scale in float32.
+        input_zero_point: as long as input_inverse, int32 in 0..255, the code that means 0.0.
 
     Returns:
-        y: [..., N] in x's dtype: float(codes . weight - zero_point * weight_sum) * (input_scale * scale) + bias.
+        y: [..., N] in x's dtype: float(codes . weight - zero_sum) * scale + bias.
 
     Raises:
         RuntimeError: x holds a NaN or an infinity.
     """
     rows = _rows("linear_int8_static", x)
-    step = torch.tensor(input_scale, dtype=torch.float32, device=x.device)
-    inverse = torch.div(torch.ones_like(step), step)
-    codes = (torch.round(rows * inverse) + input_zero_point).clamp(0, 255)
-    product = integer_product(codes, weight) - input_zero_point * weight_sum
-    return _finish(product.float() * (step * scale)[None, :], x, bias)
+    codes = (torch.round(rows * input_inverse) + input_zero_point).clamp(0, 255)
+    product = integer_product(codes, weight) - zero_sum
+    return _finish(product.float() * scale[None, :], x, bias)
 
 
 def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
@@ -209,8 +208,8 @@ OPS = (
     ),
     Op(
         "linear_int8_static",
-        "(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias, float input_scale,"
-        " int input_zero_point) -> Tensor",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor zero_sum, Tensor? bias, Tensor input_inverse,"
+        " Tensor input_zero_point) -> Tensor",
         linear_int8_static,
         _fake_linear,
     ),
