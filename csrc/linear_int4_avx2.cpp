@@ -1,5 +1,5 @@
-// int4 linear tile, AVX2: vpmaddubsw with the nibbles as the unsigned operand. Two sums of 15 * 127 * 2 fit in int16,
-// so nothing saturates. Four stored weight rows and two blocks of 32 at a time; scales are spread once per four columns.
+// int4 linear tile, AVX2: vpmaddubsw with the nibbles as the unsigned operand. Eight sums of 15 * 127 * 2 fit in int16,
+// so nothing saturates. Four columns are unpacked once to bytes; then two blocks of 32 at a time for every row.
 #include "linear.h"
 
 #include <string.h>
@@ -13,12 +13,12 @@ constexpr int64_t kColumns = 4;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// What the rows share: four columns' weights, scales [pairs][2][4] and zero points [pairs][2][4].
+// What the rows share: four columns' nibbles [pairs][4][even, odd][32], scales and zero points [pairs][2][4].
 struct Columns {
-  const uint8_t* weight[kColumns];
+  uint8_t* nibbles;
   float* scales;
   int32_t* zero_points;
-  int64_t row_bytes, blocks;
+  int64_t blocks;
 };
 
 void expand_groups(const Int4Linear& problem, int64_t column, int64_t count, const Columns& columns) {
@@ -40,12 +40,18 @@ inline __m256i two_blocks(const uint8_t* weight, int64_t bytes) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(padded));
 }
 
-// Per block (128-bit lane) four partial sums of nibble * code.
-inline __m256i block_sums(__m256i bytes, __m256i evens, __m256i odds) {
+void unpack(const Int4Linear& problem, int64_t column, int64_t count, const Columns& columns) {
+  const int64_t row_bytes = (problem.depth + 1) / 2;
   const __m256i mask = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, evens), _mm256_maddubs_epi16(high, odds));
-  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  auto* target = reinterpret_cast<__m256i*>(columns.nibbles);
+  for (int64_t block = 0; block < columns.blocks; block += 2) {
+    for (int64_t c = 0; c < kColumns; ++c) {
+      const uint8_t* weight = problem.weight + (column + smaller(c, count - 1)) * row_bytes;
+      const __m256i bytes = two_blocks(weight + 16 * block, row_bytes - 16 * block);
+      _mm256_store_si256(target++, _mm256_and_si256(bytes, mask));
+      _mm256_store_si256(target++, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask));
+    }
+  }
 }
 
 // One value per 128-bit lane from two neighbours in memory.
@@ -63,16 +69,19 @@ __m128 dot_row(const Int4Linear& problem, int64_t row, const Columns& columns) {
     const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32));
     const __m256i evens = _mm256_permute2x128_si256(first, second, 0x20);
     const __m256i odds = _mm256_permute2x128_si256(first, second, 0x31);
+    const auto* nibbles = reinterpret_cast<const __m256i*>(columns.nibbles) + block * kColumns;
     __m256i sums[kColumns];
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
-      const __m256i bytes = two_blocks(columns.weight[c] + 16 * block, columns.row_bytes - 16 * block);
-      sums[c] = block_sums(bytes, evens, odds);
+      sums[c] = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_load_si256(nibbles + 2 * c), evens),
+                                 _mm256_maddubs_epi16(_mm256_load_si256(nibbles + 2 * c + 1), odds));
     }
-    const __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+    const __m256i halves = _mm256_hadd_epi16(_mm256_hadd_epi16(sums[0], sums[1]), _mm256_hadd_epi16(sums[2], sums[3]));
+    const __m256i sum = _mm256_madd_epi16(halves, _mm256_set1_epi16(1));
+    // A zero point and a sum of 32 codes fit in 16 bits: vpmaddwd multiplies the low halves exactly.
     const __m256i zero_point =
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns.zero_points + block * kColumns));
-    const __m256i correction = _mm256_mullo_epi32(zero_point, spread(code_sums + block));
+    const __m256i correction = _mm256_madd_epi16(zero_point, spread(code_sums + block));
     const __m256 code_scale =
         _mm256_set_m128(_mm_set1_ps(code_scales[block + 1]), _mm_set1_ps(code_scales[block]));
     const __m256 step = _mm256_mul_ps(code_scale, _mm256_loadu_ps(columns.scales + block * kColumns));
@@ -86,17 +95,14 @@ __m128 dot_row(const Int4Linear& problem, int64_t row, const Columns& columns) {
 }  // namespace
 
 void int4_tile_avx2(const Int4Linear& problem, Range rows, Range range, void* scratch) {
-  Columns columns;
-  columns.row_bytes = (problem.depth + 1) / 2;
-  columns.blocks = (problem.depth + 31) / 32;
-  columns.scales = static_cast<float*>(scratch);
-  columns.zero_points = reinterpret_cast<int32_t*>(columns.scales + (columns.blocks + 1) * kColumns);
+  const int64_t blocks = (problem.depth + 31) / 32, padded = (blocks + 1) / 2 * 2;
+  auto* nibbles = static_cast<uint8_t*>(scratch);
+  auto* scales = reinterpret_cast<float*>(nibbles + padded * 32 * kColumns);
+  const Columns columns = {nibbles, scales, reinterpret_cast<int32_t*>(scales + padded * kColumns), blocks};
   for (int64_t column = range.begin; column < range.end; column += kColumns) {
     const int64_t count = smaller(kColumns, range.end - column);
-    for (int64_t c = 0; c < kColumns; ++c) {
-      columns.weight[c] = problem.weight + (column + smaller(c, count - 1)) * columns.row_bytes;
-    }
     expand_groups(problem, column, count, columns);
+    unpack(problem, column, count, columns);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       float totals[kColumns];
       _mm_storeu_ps(totals, dot_row(problem, row, columns));
@@ -108,6 +114,6 @@ void int4_tile_avx2(const Int4Linear& problem, Range rows, Range range, void* sc
   }
 }
 
-int64_t int4_scratch_avx2(int64_t depth) { return ((depth + 31) / 32 + 1) * 2 * 4 * kColumns; }
+int64_t int4_scratch_avx2(int64_t depth) { return ((depth + 31) / 32 + 1) * (32 + 2 * 4) * kColumns; }
 
 }  // namespace narrowcast

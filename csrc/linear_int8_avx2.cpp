@@ -56,16 +56,55 @@ void dot_row(const Int8Linear& problem, int64_t row, Range columns, int32_t* out
   }
 }
 
+// 8 rows of 8 dwords to 8 columns of 8 dwords, in place.
+inline void transpose8(__m256i* a) {
+  __m256i b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    b[j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
+    b[4 + j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = b[i];
+}
+
 // Copies up to 16 stored weight rows into the panel [ceil(depth / 2)][16][2] int16, zeros where there is no weight.
 void pack_panel(const Int8Linear& problem, Range columns, int16_t* panel) {
-  const int64_t pairs = (problem.depth + 1) / 2;
-  for (int64_t c = 0; c < kPanelColumns; ++c) {
-    const bool exists = columns.begin + c < columns.end;
-    const int8_t* weight = problem.weight + (columns.begin + (exists ? c : 0)) * problem.depth;
-    int16_t* target = panel + 2 * c;
-    for (int64_t pair = 0; pair < pairs; ++pair, target += 2 * kPanelColumns) {
-      target[0] = exists ? weight[2 * pair] : 0;
-      target[1] = exists && 2 * pair + 1 < problem.depth ? weight[2 * pair + 1] : 0;
+  const int64_t depth = problem.depth, count = columns.end - columns.begin;
+  const int8_t* weight = problem.weight + columns.begin * depth;
+  int64_t k = 0;
+  for (; k + 16 <= depth; k += 16) {
+    for (int64_t first = 0; first < kPanelColumns; first += 8) {
+      __m256i tile[8];
+#pragma GCC unroll 8
+      for (int c = 0; c < 8; ++c) {
+        tile[c] = first + c < count ? widen_weight(weight + (first + c) * depth + k) : _mm256_setzero_si256();
+      }
+      transpose8(tile);
+      int16_t* target = panel + k * kPanelColumns + 2 * first;
+#pragma GCC unroll 8
+      for (int pair = 0; pair < 8; ++pair) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(target + pair * 2 * kPanelColumns), tile[pair]);
+      }
+    }
+  }
+  for (; k < depth; k += 2) {
+    for (int64_t c = 0; c < kPanelColumns; ++c) {
+      int16_t* target = panel + k * kPanelColumns + 2 * c;
+      target[0] = c < count ? weight[c * depth + k] : 0;
+      target[1] = c < count && k + 1 < depth ? weight[c * depth + k + 1] : 0;
     }
   }
 }
