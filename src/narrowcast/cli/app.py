@@ -11,6 +11,7 @@ import typer
 from narrowcast.cli.bench import bench
 from narrowcast.cli.compare import compare
 from narrowcast.cli.console import guarded, installed_version
+from narrowcast.cli.demo import demo
 from narrowcast.cli.doctor import doctor
 from narrowcast.cli.inspect import inspect
 from narrowcast.cli.plan import plan
@@ -63,6 +64,7 @@ register("bench", bench)
 register("show", show, cls=RangeCommand, context_settings={"ignore_unknown_options": True})  # numbers may be negative
 register("size", size)
 register("doctor", doctor)
+register("demo", demo)
 
 
 def run() -> None:

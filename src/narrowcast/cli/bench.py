@@ -225,12 +225,14 @@ def _described(batch: Batch) -> str:
 def _render(rows: list[dict[str, Any]]) -> Any:
     from narrowcast.sizes import format_bytes
 
-    columns = ("latency", "samples/s", "speed", "rounds", "bytes", "load", "first answer", "peak memory")
+    columns = ("latency", "samples/s", "speed", "quartiles", "bytes", "load", "first answer", "peak memory")
     made = table("model", *columns, right=columns)
     for index, row in enumerate(rows):
         ratio, process = row["speedup"], row["process"]
         speed = (
-            ("1 x", "") if index == 0 else (f"{ratio['value']:.2f} x", f"{ratio['lowest']:.2f}-{ratio['highest']:.2f}")
+            ("1 x", "")
+            if index == 0
+            else (f"{ratio['value']:.2f} x", f"{ratio['lower_quartile']:.2f}-{ratio['upper_quartile']:.2f}")
         )
         fresh = ["-"] * 3
         if not process["reason"]:
