@@ -70,3 +70,74 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     assert Path(os.getcwd()) == tmp_path.resolve()  # noqa: PTH109 - what the command sees
     return tmp_path
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def build():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def poisoned():
+    model = build()
+    with torch.no_grad():
+        model.head.weight[1, 2] = float("nan")
+    return model
+
+
+def failing():
+    raise RuntimeError("no disk")
+
+
+def samples():
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 8, 8) for _ in range(2)]
+
+
+def nan_samples():
+    return [torch.full((4, 3, 8, 8), float("nan"))]
+
+
+def misshapen():
+    return [torch.randn(4, 5, 8, 8)]
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def project(here: Path, request: pytest.FixtureRequest) -> str:
+    """Name of a module in the current directory with a model and its data; a fresh name for every test."""
+    import sys
+
+    name = f"project_{abs(hash(request.node.nodeid))}"
+    (here / f"{name}.py").write_text(FACTORY)
+    request.addfinalizer(lambda: sys.modules.pop(name, None))
+    return name
+
+
+@pytest.fixture
+def images(here: Path) -> Path:
+    """48 8-bit images with labels."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    path = here / "images.npz"
+    np.savez(path, images=generator.integers(0, 256, (48, 8, 8, 3), np.uint8), labels=generator.integers(0, 4, 48))
+    return path

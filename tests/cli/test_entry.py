@@ -37,7 +37,7 @@ import narrowcast
 before = set(sys.modules)
 import narrowcast.cli.app
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
-sys.exit(", ".join(sorted(added & {"torch", "transformers", "onnx", "sklearn", "PIL", "pandas"})))
+sys.exit(", ".join(sorted(added & {"torch", "transformers", "onnx", "sklearn", "PIL", "pandas"})) or 0)
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)

@@ -63,18 +63,25 @@ def train(digits: Digits) -> nn.Module:
     Args:
         digits: the data.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        model = DigitsNet().train()
-        images, labels = digits.train
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-        steps = EPOCHS * -(-len(images) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(images)).split(BATCH):
-                loss = F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.05)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it does
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return _fit(DigitsNet(), *digits.train)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    steps = EPOCHS * -(-len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(images)).split(BATCH):
+            loss = F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return model.eval()
