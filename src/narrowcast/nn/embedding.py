@@ -90,10 +90,10 @@ class QuantizedEmbedding(QuantizedModule):
         record = self.stored("weight").to_record(self)
         flat = indices.reshape(-1)
         if record.scale is None or isinstance(record.spec.granularity, PerChannel | PerGroup):
-            rows = [None if part is None else part[flat] for part in (record.scale, record.zero_point)]
+            rows = [None if part is None else part.index_select(0, flat) for part in (record.scale, record.zero_point)]
             looked_up = QuantizedTensor(_rows(record.codes, flat), rows[0], rows[1], record.spec).dequantize()
         else:
-            looked_up = record.dequantize()[flat]
+            looked_up = record.dequantize().index_select(0, flat)
         return looked_up.reshape(*indices.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
@@ -102,6 +102,7 @@ class QuantizedEmbedding(QuantizedModule):
 
 
 def _rows(codes: Tensor, flat: Tensor) -> Tensor:
-    if codes.dtype.itemsize == 1 and codes.dtype.is_floating_point:  # torch cannot index float8
-        return codes.view(torch.uint8)[flat].view(codes.dtype)
-    return codes[flat]
+    # index_select refuses negative indices, as an embedding does; it does not take float8
+    if codes.dtype.itemsize == 1 and codes.dtype.is_floating_point:
+        return codes.view(torch.uint8).index_select(0, flat).view(codes.dtype)
+    return codes.index_select(0, flat)
