@@ -9,7 +9,7 @@ namespace {
 NC_INLINE Float load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_part(p, n); }
 NC_INLINE void store_up_to(float* p, int64_t n, Float v) { n >= kLanes ? store(p, v) : store_part(p, n, v); }
 NC_INLINE Int magnitude(Float v) { return and_int(float_bits(v), spread_int(0x7fffffff)); }
-NC_INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+NC_INLINE int64_t smaller(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 uint32_t magnitude_bits(const float* values, int64_t count, uint32_t seed) {
   Int best = spread_int(static_cast<int32_t>(seed)), other = best;
@@ -24,31 +24,35 @@ uint32_t magnitude_bits(const float* values, int64_t count, uint32_t seed) {
 
 struct Encoder {
   Float inverse, low, high;
-  Int zero_point;
-  Int seen;  // largest magnitude bits so far
+  int32_t zero_point;
+  Float seen;  // NaN once a value was not finite
 };
 
 NC_INLINE Encoder make_encoder(CodeRange range) {
-  return {spread(range.inverse), spread(range.low), spread(range.high), spread_int(range.zero_point), zero_int()};
+  return {spread(range.inverse), spread(range.low), spread(range.high), range.zero_point, spread(0.0f)};
 }
 
+NC_INLINE uint32_t seen_bits(const Encoder& encoder) { return any_nan(encoder.seen) ? 0x7fc00000u : 0u; }
+
+// Code minus zero point, not yet held up to the lower bound: packing to bytes saturates there.
 NC_INLINE Int encode(Encoder& encoder, Float v) {
-  encoder.seen = max_unsigned(encoder.seen, magnitude(v));
-  const Float scaled = clamp(multiply(v, encoder.inverse), encoder.low, encoder.high);
-  return add_int(to_int(scaled), encoder.zero_point);
+  encoder.seen = watch(encoder.seen, v);
+  return to_int(at_most(multiply(v, encoder.inverse), encoder.high));
 }
 
 constexpr int64_t kPrefetch = 128;  // floats
 
 // Up to four channels of up to kLanes pixels; lane x = the four codes of pixel x.
 NC_INLINE Int encode_word(Encoder& encoder, const float* source, int64_t plane_stride, int64_t channels, int64_t n) {
-  // The planes are too many streams for the hardware: ask for what the next rows read.
-  for (int64_t c = 0; c < channels && c < 4; ++c) __builtin_prefetch(source + c * plane_stride + kPrefetch);
-  Int word = encode(encoder, load_up_to(source, n));
-  if (channels > 1) word = or_int(word, shift_left<8>(encode(encoder, load_up_to(source + plane_stride, n))));
-  if (channels > 2) word = or_int(word, shift_left<16>(encode(encoder, load_up_to(source + 2 * plane_stride, n))));
-  if (channels > 3) word = or_int(word, shift_left<24>(encode(encoder, load_up_to(source + 3 * plane_stride, n))));
-  return word;
+  Int codes[4] = {zero_int(), zero_int(), zero_int(), zero_int()};
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < 4; ++c) {
+    if (c >= channels) break;
+    // The planes are too many streams for the hardware: ask for what the next rows read.
+    __builtin_prefetch(source + c * plane_stride + kPrefetch);
+    codes[c] = encode(encoder, load_up_to(source + c * plane_stride, n));
+  }
+  return pack_lanes(codes, encoder.zero_point);
 }
 
 NC_INLINE void store_words(uint8_t* codes, int64_t pixel_stride, int64_t n, Int word) {
@@ -65,7 +69,7 @@ uint32_t quantize_planes(const float* source, int64_t plane_stride, int64_t chan
                          uint8_t* codes, int64_t pixel_stride) {
   Encoder encoder = make_encoder(range);
   for (int64_t x = 0; x < width; x += kLanes) {
-    const int64_t n = at_most(width - x, kLanes);
+    const int64_t n = smaller(width - x, kLanes);
     uint8_t* to = codes + x * pixel_stride;
     int64_t c = 0;
     for (; c + 16 <= channels; c += 16) {
@@ -80,20 +84,42 @@ uint32_t quantize_planes(const float* source, int64_t plane_stride, int64_t chan
       store_words(to + c, pixel_stride, n, encode_word(encoder, from, plane_stride, channels - c, n));
     }
   }
-  return largest_unsigned(encoder.seen);
+  return seen_bits(encoder);
+}
+
+// Four vectors from `source`, `stride` floats apart.
+NC_INLINE void encode_four(Encoder& encoder, const float* source, int64_t stride, uint8_t* codes) {
+  Int four[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) four[i] = encode(encoder, load(source + i * stride));
+  store_packed(codes, four, encoder.zero_point);
+}
+
+NC_INLINE void encode_run(Encoder& encoder, const float* source, int64_t count, uint8_t* codes) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) encode_four(encoder, source + i, kLanes, codes + i);
+  for (int64_t left = count - i; left > 0; left -= kLanes, i += kLanes) {
+    const Float v = load_up_to(source + i, left);
+    encoder.seen = watch(encoder.seen, v);
+    const Int code = add_int(to_int(clamp(multiply(v, encoder.inverse), encoder.low, encoder.high)),
+                             spread_int(encoder.zero_point));
+    left >= kLanes ? store_low_bytes(codes + i, code) : store_low_bytes_part(codes + i, left, code);
+  }
 }
 
 uint32_t quantize_pixels(const float* source, int64_t source_stride, int64_t channels, int64_t width, CodeRange range,
                          uint8_t* codes, int64_t pixel_stride) {
   Encoder encoder = make_encoder(range);
-  for (int64_t x = 0; x < width; ++x, source += source_stride, codes += pixel_stride) {
-    __builtin_prefetch(source + 16 * source_stride);  // a slice of the channels: short reads far apart
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) store_low_bytes(codes + c, encode(encoder, load(source + c)));
-    const int64_t n = channels - c;
-    if (n > 0) store_low_bytes_part(codes + c, n, encode(encoder, load_part(source + c, n)));
+  int64_t x = 0;
+  if (channels == kLanes && pixel_stride == kLanes) {
+    for (; x + 4 <= width; x += 4) {
+      // A slice of the channels: short reads far apart.
+      for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(source + (x + 16 + i) * source_stride);
+      encode_four(encoder, source + x * source_stride, source_stride, codes + x * pixel_stride);
+    }
   }
-  return largest_unsigned(encoder.seen);
+  for (; x < width; ++x) encode_run(encoder, source + x * source_stride, channels, codes + x * pixel_stride);
+  return seen_bits(encoder);
 }
 
 // The accumulators live in registers during the loop and go to memory raw: with the epilogue in the same function
@@ -193,10 +219,10 @@ void store_pixels(const int32_t* sums, int64_t sums_stride, int64_t pixels, int6
 void store_planes(const int32_t* sums, int64_t sums_stride, int64_t pixels, int64_t channels,
                   const Epilogue& epilogue, float* output, int64_t plane_stride) {
   for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t lanes = at_most(channels - c, kLanes);
+    const int64_t lanes = smaller(channels - c, kLanes);
     const Affine affine = make_affine(epilogue, c, lanes);
     for (int64_t x = 0; x < pixels; x += kLanes) {
-      const int64_t n = at_most(pixels - x, kLanes);
+      const int64_t n = smaller(pixels - x, kLanes);
       Float rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {

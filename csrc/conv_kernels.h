@@ -59,10 +59,10 @@ struct DepthwiseRow {
 struct ConvKernels {
   // The largest bit pattern of |x|: 0x7f800000 or more when a value is not finite.
   uint32_t (*magnitude_bits)(const float* values, int64_t count, uint32_t seed);
-  // Channel-planar floats to interleaved codes (channels rounded up to four are written); returns magnitude bits.
+  // Channel-planar floats to interleaved codes (channels rounded up to four are written); returns 0x7f800000 or more when a value is not finite.
   uint32_t (*quantize_planes)(const float* source, int64_t plane_stride, int64_t channels, int64_t width,
                               CodeRange range, uint8_t* codes, int64_t pixel_stride);
-  // Channel-interleaved floats to interleaved codes; returns magnitude bits.
+  // Channel-interleaved floats to interleaved codes; returns 0x7f800000 or more when a value is not finite.
   uint32_t (*quantize_pixels)(const float* source, int64_t source_stride, int64_t channels, int64_t width,
                               CodeRange range, uint8_t* codes, int64_t pixel_stride);
   // [words * 4 pixels][16 channels] bytes to [words][16][4].

@@ -34,6 +34,10 @@ NC_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
 NC_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 NC_INLINE Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
 NC_INLINE Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
+// x * 0 + seen: a value that is not finite leaves a NaN in `seen`.
+NC_INLINE Float watch(Float seen, Float v) { return _mm256_fmadd_ps(v, _mm256_setzero_ps(), seen); }
+NC_INLINE bool any_nan(Float v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
+NC_INLINE Float at_most(Float v, Float high) { return _mm256_min_ps(v, high); }
 // The bound is returned for a NaN: the caller reports the NaN, the code stays in range.
 NC_INLINE Float clamp(Float v, Float low, Float high) { return _mm256_min_ps(_mm256_max_ps(v, low), high); }
 NC_INLINE Int to_int(Float v) { return _mm256_cvtps_epi32(v); }
@@ -62,6 +66,24 @@ NC_INLINE uint32_t largest_unsigned(Int v) {
   uint32_t best = lanes[0];
   for (int i = 1; i < 8; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
+}
+
+// Four vectors of integers <= 255 - offset to bytes with the offset added, saturated at 0; per 128-bit part, four
+// bytes of each vector.
+NC_INLINE __m256i pack_bytes(const Int v[4], int32_t offset) {
+  const __m256i plus = _mm256_set1_epi16(static_cast<int16_t>(offset));
+  const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), plus);
+  return _mm256_packus_epi16(low, _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), plus));
+}
+// Lane x = byte x of the four vectors.
+NC_INLINE Int pack_lanes(const Int v[4], int32_t offset) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm256_shuffle_epi8(pack_bytes(v, offset), _mm256_broadcastsi128_si256(order));
+}
+// The bytes of the four vectors one after the other.
+NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(pack_bytes(v, offset), order));
 }
 
 // The low byte of each lane.

@@ -34,6 +34,10 @@ NC_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
 NC_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 NC_INLINE Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
 NC_INLINE Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
+// x * 0 + seen: a value that is not finite leaves a NaN in `seen`.
+NC_INLINE Float watch(Float seen, Float v) { return _mm512_fmadd_ps(v, _mm512_setzero_ps(), seen); }
+NC_INLINE bool any_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
+NC_INLINE Float at_most(Float v, Float high) { return _mm512_min_ps(v, high); }
 // The bound is returned for a NaN: the caller reports the NaN, the code stays in range.
 NC_INLINE Float clamp(Float v, Float low, Float high) { return _mm512_min_ps(_mm512_max_ps(v, low), high); }
 NC_INLINE Int to_int(Float v) { return _mm512_cvtps_epi32(v); }
@@ -57,6 +61,24 @@ NC_INLINE Int max_unsigned(Int a, Int b) { return _mm512_max_epu32(a, b); }
 template <int kBits>
 NC_INLINE Int shift_left(Int v) { return _mm512_slli_epi32(v, kBits); }
 NC_INLINE uint32_t largest_unsigned(Int v) { return _mm512_reduce_max_epu32(v); }
+
+// Four vectors of integers <= 255 - offset to bytes with the offset added, saturated at 0; per 128-bit part, four
+// bytes of each vector.
+NC_INLINE __m512i pack_bytes(const Int v[4], int32_t offset) {
+  const __m512i plus = _mm512_set1_epi16(static_cast<int16_t>(offset));
+  const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), plus);
+  return _mm512_packus_epi16(low, _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), plus));
+}
+// Lane x = byte x of the four vectors.
+NC_INLINE Int pack_lanes(const Int v[4], int32_t offset) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_shuffle_epi8(pack_bytes(v, offset), _mm512_broadcast_i32x4(order));
+}
+// The bytes of the four vectors one after the other.
+NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, pack_bytes(v, offset)));
+}
 
 // The low byte of each lane.
 NC_INLINE void store_low_bytes(uint8_t* p, Int v) {

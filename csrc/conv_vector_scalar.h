@@ -30,6 +30,14 @@ NC_INLINE Float multiply(Float a, Float b) { return a * b; }
 NC_INLINE Float add(Float a, Float b) { return a + b; }
 NC_INLINE Float subtract(Float a, Float b) { return a - b; }
 NC_INLINE Float divide(Float a, Float b) { return a / b; }
+// A value that is not finite leaves a NaN in `seen`.
+NC_INLINE Float watch(Float seen, Float v) { return seen + v * 0.0f; }
+NC_INLINE bool any_nan(Float v) { return v != v; }
+// At least -512 too: enough for a code to saturate at 0, and to_int stays defined.
+NC_INLINE Float at_most(Float v, Float high) {
+  const float raised = v > -512.0f ? v : -512.0f;
+  return raised < high ? raised : high;
+}
 // The bound is returned for a NaN: the caller reports the NaN, the code stays in range.
 NC_INLINE Float clamp(Float v, Float low, Float high) {
   const float raised = v > low ? v : low;
@@ -63,6 +71,19 @@ NC_INLINE Int max_unsigned(Int a, Int b) { return static_cast<uint32_t>(a) > sta
 template <int kBits>
 NC_INLINE Int shift_left(Int v) { return static_cast<int32_t>(static_cast<uint32_t>(v) << kBits); }
 NC_INLINE uint32_t largest_unsigned(Int v) { return static_cast<uint32_t>(v); }
+
+// Four integers <= 255 - offset as bytes of one word with the offset added, saturated at 0.
+NC_INLINE Int pack_lanes(const Int v[4], int32_t offset) {
+  uint8_t bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(v[i] + offset > 0 ? v[i] + offset : 0);
+  int32_t word;
+  __builtin_memcpy(&word, bytes, 4);
+  return word;
+}
+NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
+  const int32_t word = pack_lanes(v, offset);
+  __builtin_memcpy(p, &word, 4);
+}
 
 NC_INLINE void store_low_bytes(uint8_t* p, Int v) { *p = static_cast<uint8_t>(v); }
 NC_INLINE void store_low_bytes_part(uint8_t* p, int64_t, Int v) { *p = static_cast<uint8_t>(v); }
