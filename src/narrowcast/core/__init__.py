@@ -9,6 +9,7 @@ from narrowcast.core.affine import (
     round_scale,
     split_int8_scale,
 )
+from narrowcast.core.channels import spread_channels
 from narrowcast.core.formats import FORMATS, NumberFormat, number_format
 from narrowcast.core.granularity import (
     Granularity,
@@ -60,6 +61,7 @@ __all__ = [
     "round_scale",
     "scale_shape",
     "split_int8_scale",
+    "spread_channels",
     "sqnr_db",
     "to_blocks",
     "unpack",

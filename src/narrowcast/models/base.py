@@ -114,5 +114,9 @@ class ModelAdapter(ABC):
         """Run the data once; every watcher of a module path sees that module's inputs, channels last."""
 
     @abstractmethod
-    def install(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> Any:
-        """Put a quantized module at `path`; `weights` by parameter name. Returns it."""
+    def build(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> Any:
+        """The quantized module that could stand at `path`; `weights` by parameter name. Changes nothing."""
+
+    @abstractmethod
+    def install(self, path: str, module: Any) -> None:
+        """Put a built module at `path`, and wherever the module that stands there stands too."""

@@ -38,6 +38,7 @@ class LayerKind:
         integer_op: (module, spec, activation mode) -> the integer kernel that would run, or None.
         channel_dim: dimension, from the end, of input and output that holds the channels of the weight's columns.
         kernel_elements: module -> columns of the weight per input channel.
+        flattens: whether all dimensions of the input but the last are one: tokens, in any order.
         takes_activation: whether the input can be quantized (an embedding's input is an index).
     """
 
@@ -49,6 +50,7 @@ class LayerKind:
     refuse: Callable[[Any], str] = lambda module: ""
     channel_dim: int = -1
     kernel_elements: Callable[[Any], int] = lambda module: 1
+    flattens: bool = False
     takes_activation: bool = True
 
 
@@ -67,7 +69,7 @@ def _linear_integer_op(module: nn.Linear, spec: QuantSpec, mode: str) -> str | N
 
 
 _LINEAR = LayerKind(
-    "Linear", _linear_shape, lambda module, name: module.weight, _build_linear, _linear_integer_op
+    "Linear", _linear_shape, lambda module, name: module.weight, _build_linear, _linear_integer_op, flattens=True
 )
 
 # Hugging Face's Conv1D is a linear layer whose weight lies transposed: [in, out].
@@ -77,6 +79,7 @@ _TRANSPOSED_LINEAR = LayerKind(
     lambda module, name: module.weight.t(),
     _build_linear,
     lambda module, spec, mode: linear_op(spec, (module.weight.shape[1], module.weight.shape[0]), mode),
+    flattens=True,
 )
 
 

@@ -18,7 +18,7 @@ from narrowcast.models.modules import get_module, paths_of, replace_everywhere_
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
-_SAMPLE_ELEMENTS = 1 << 20
+_SAMPLE_ELEMENTS = 1 << 21
 
 
 class TorchModel(ModelAdapter):
@@ -67,6 +67,21 @@ class TorchModel(ModelAdapter):
         """Groups of a convolution, 1 elsewhere: the input channels that a row of the weight does not see."""
         return int(getattr(self._module(site.path)[0], "groups", 1))
 
+    def is_depthwise(self, site: Site) -> bool:
+        """Whether no two input channels are summed."""
+        module = self._module(site.path)[0]
+        return getattr(module, "groups", 1) > 1 and module.groups == module.in_channels
+
+    def output_channel_dim(self, site: Site) -> int | None:
+        """The dimension of the output channels that a bias is added to; None for modules without such a bias.
+
+        A linear layer without a bias is not given one: it would cost more bytes than the correction is worth.
+        """
+        module, kind = self._module(site.path)
+        if kind.name in ("LSTM", "GRU", "Embedding") or (kind.channel_dim == -1 and module.bias is None):
+            return None
+        return kind.channel_dim
+
     def kernel_elements(self, site: Site) -> int:
         """Columns of the weight per input channel."""
         module, kind = self._module(site.path)
@@ -103,13 +118,14 @@ class TorchModel(ModelAdapter):
                 handle.remove()
         return seen
 
-    def install(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedModule:
+    def build(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedModule:
         """See `ModelAdapter`."""
         module, kind = self._module(path)
-        installed = kind.build(module, weights, activation)
-        installed.train(module.training)
-        self.model = replace_everywhere_(self.model, module, installed)
-        return installed
+        return kind.build(module, weights, activation).train(module.training)
+
+    def install(self, path: str, module: nn.Module) -> None:
+        """See `ModelAdapter`."""
+        self.model = replace_everywhere_(self.model, get_module(self.model, path), module)
 
     def detach_(self) -> None:
         """Give the working copy tensors of its own: nothing is shared with the caller's model afterwards."""
@@ -147,8 +163,8 @@ class _Hook:
         self.seen.calls[self.path] = self.seen.calls.get(self.path, 0) + 1
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
-        if self.path not in self.seen.samples:
-            self.seen.samples[self.path] = _sample(args, kwargs)
+        kept = self.seen.samples.get(self.path)
+        self.seen.samples[self.path] = _extend_sample(kept, args, kwargs, flatten=self.kind.flattens)
         for watcher in self.watchers:
             try:
                 watcher(x.detach().movedim(self.kind.channel_dim, -1))
@@ -163,20 +179,30 @@ class _Hook:
             self.seen.positions[self.path] = self.seen.positions.get(self.path, 0) + positions
 
 
-def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sample:
-    """A detached copy of a call's arguments, cut along the first dimension to a bounded size."""
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    largest = max((t.numel() for t in tensors), default=1)
-    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-    keep = max(1, min(rows, rows * _SAMPLE_ELEMENTS // max(largest, 1)))
+def _extend_sample(sample: Sample | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, flatten: bool) -> Sample:
+    """A sample with the first rows of this call added while there is room, whatever batches the rows come in.
 
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value.detach()
-        return (value[:keep] if len(tensors) == 1 and value.dim() > 1 else value).clone()
+    Calls with one tensor are cut and joined along their rows (the tokens of a linear layer, the images of a
+    convolution); of other calls the first is kept whole.
+    """
+    single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() > 1
+    if not single:
+        if sample is not None:
+            return sample
+        return Sample(tuple(_copied(a) for a in args), {key: _copied(a) for key, a in kwargs.items()})
+    rows = args[0].detach().flatten(0, -2) if flatten else args[0].detach()
+    kept = None if sample is None else sample.args[0]
+    if kept is not None and (kept.shape[1:] != rows.shape[1:] or sample is None):
+        return Sample((kept,), {})
+    room = max(1, _SAMPLE_ELEMENTS // max(rows[:1].numel(), 1)) - (0 if kept is None else kept.shape[0])
+    if room <= 0:
+        return Sample((kept,), {})
+    part = rows[:room].clone()
+    return Sample((part if kept is None else torch.cat([kept, part]),), {})
 
-    return Sample(tuple(cut(a) for a in args), {key: cut(a) for key, a in kwargs.items()})
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _run(batch: Any, model: nn.Module, index: int) -> Any:

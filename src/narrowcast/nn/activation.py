@@ -1,27 +1,31 @@
-"""How a quantized module treats its input: leave it float, quantize it as it comes, or by a range fixed beforehand."""
+"""How a quantized module treats its input: leave it float, quantize it as it comes, or by ranges fixed beforehand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from narrowcast.core import PerTensor, PerToken, QuantSpec
+import torch
+from torch import Tensor
+
+from narrowcast.core import PerChannel, PerTensor, PerToken, QuantSpec
 from narrowcast.errors import FormatError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activation:
     """The treatment of one module's input.
 
     Args:
         spec: format of the input codes; None leaves the input in float.
-        scale: input units per code of a static range; None for a range found at run time.
-        zero_point: code of 0.0 of a static range.
+        scale: [1] or [channels] float32, input units per code of a static range; None for any other mode. With one
+            scale per channel the weight that goes with it holds `weight * scale / max(scale)`.
+        zero_point: [1] or [channels] uint8, the codes of 0.0 of a static range.
     """
 
     spec: QuantSpec | None = None
-    scale: float | None = None
-    zero_point: int = 0
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
 
     @property
     def mode(self) -> str:
@@ -33,22 +37,35 @@ class Activation:
         return "dynamic" if isinstance(self.spec.granularity, PerToken) else "static"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; `from_dict` takes them back."""
-        return {"spec": None if self.spec is None else str(self.spec), "scale": self.scale, "zero_point": self.zero_point}
+        """JSON values; `from_dict` takes them back, but for the numbers, which are stored as tensors."""
+        channels = 0 if self.scale is None else self.scale.numel()
+        return {"spec": None if self.spec is None else str(self.spec), "channels": channels}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Activation:
-        """The activation that `to_dict` described."""
+        """The activation that `to_dict` described, its tensors on the meta device."""
         spec = None if values["spec"] is None else QuantSpec.parse(values["spec"])
-        scale = None if values["scale"] is None else float(values["scale"])
-        return cls(spec, scale, int(values["zero_point"]))
+        channels = int(values["channels"])
+        if not channels:
+            return cls(spec)
+        scale = torch.empty(channels, device="meta")
+        return cls(spec, scale, torch.empty(channels, dtype=torch.uint8, device="meta"))
+
+    def ratio(self) -> Tensor | None:
+        """[channels] scale of each channel relative to the largest, which the weight has taken in; None for one scale."""
+        if self.scale is None or self.scale.numel() == 1:
+            return None
+        return self.scale / self.scale.max()
 
 
 FLOAT = Activation()
 
 
 def activation_spec(text: str) -> QuantSpec:
-    """The specs that inputs may have: int8/token (dynamic), uint8/tensor (static), fp16 and bf16 (a cast).
+    """The specs that inputs may have.
+
+    They are int8/token (a range per token or sample, found at run time), uint8/tensor and uint8/channel (static, one
+    range or one per input channel), bf16 and fp16 (a cast), fp32 (as it is).
 
     Raises:
         FormatError: any other format; the message lists these.
@@ -56,10 +73,11 @@ def activation_spec(text: str) -> QuantSpec:
     spec = QuantSpec.parse(text)
     name, granularity = spec.format.name, spec.granularity
     dynamic = name == "int8" and isinstance(granularity, PerToken) and spec.symmetric
-    static = name == "uint8" and isinstance(granularity, PerTensor)
+    static = name == "uint8" and isinstance(granularity, PerTensor | PerChannel)
     if dynamic or static or name in ("fp16", "bf16", "fp32"):
         return spec
     raise FormatError(
         f"input {text!r}: no kernel takes such activations; use 'int8/token' (range found at run time), "
-        "'uint8/tensor static:<observer>' (range from calibration), 'bf16', 'fp16', or leave input out for float"
+        "'uint8/tensor static:<observer>' or 'uint8/channel static:minmax' (ranges from calibration), 'bf16', 'fp16', or "
+        "leave input out for float"
     )

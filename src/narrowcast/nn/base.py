@@ -21,10 +21,12 @@ from narrowcast.core import (
     packed_width,
     scale_shape,
     split_int8_scale,
+    spread_channels,
     unpack,
 )
 from narrowcast.core.formats import FORMATS
 from narrowcast.errors import FormatError
+from narrowcast.nn.activation import Activation
 
 
 class InstalledModule(nn.Module):
@@ -71,6 +73,51 @@ class QuantizedModule(InstalledModule):
         """The description of one stored weight."""
         description: StoredWeight = self._stored[name]
         return description
+
+    def add_input_ranges(self, activation: Activation) -> None:
+        """Register the static ranges of the input as buffers; empty ones where the ranges are not static."""
+        self.activation = Activation(activation.spec)
+        self.register_buffer("input_scale", activation.scale)
+        self.register_buffer("input_zero_point", activation.zero_point)
+
+    def input_ranges(self) -> Activation:
+        """The treatment of the input, with the ranges that the buffers hold."""
+        return Activation(self.activation.spec, self.input_scale, self.input_zero_point)
+
+    def kernel_terms(self, name: str, *, groups: int = 1) -> dict[str, Tensor]:
+        """What the int8 kernels want of a weight besides panels: codes, output scale, sum of zero points, inverse.
+
+        Args:
+            name: the weight.
+            groups: groups of a convolution.
+
+        Returns:
+            kernel_codes [out, in * kernel] int8; kernel_scale [out] float32, input scale included where it is static;
+            kernel_zero_sum [out] int32: sum over the row of zero point times code, static inputs only;
+            kernel_input_inverse and kernel_input_zero [1] or [channels], static inputs only.
+        """
+        stored = self.stored(name)
+        record = stored.to_record(self)
+        assert record.scale is not None
+        codes = record.codes
+        scale = record.scale.expand(codes.shape[0], 1).reshape(-1)
+        terms = {"kernel_codes": codes, "kernel_sum": codes.sum(1, dtype=torch.int32)}
+        if self.input_scale is not None:
+            zero = self.input_zero_point.to(torch.int32)
+            scale = scale * self.input_scale.max()
+            terms["kernel_zero_sum"] = terms["kernel_sum"] * zero[0]
+            if zero.numel() > 1:
+                spread = spread_channels(zero, record.shape, groups)
+                terms["kernel_zero_sum"] = (codes.to(torch.int32) * spread).sum(1, dtype=torch.int32)
+            terms["kernel_input_inverse"] = 1.0 / self.input_scale
+            terms["kernel_input_zero"] = zero
+        return terms | {"kernel_scale": scale.contiguous()}
+
+    def float_weight(self, name: str, *, groups: int = 1) -> Tensor:
+        """The float32 weight [out, in * kernel] without the input scales that it has taken in."""
+        weight = self.stored(name).dequantize(self)
+        ratio = self.input_ranges().ratio()
+        return weight if ratio is None else weight / spread_channels(ratio, self.stored(name).shape, groups)
 
     def add_weight(self, name: str, spec: QuantSpec, shape: tuple[int, int], record: QuantizedTensor | None) -> None:
         """Register the buffers of one weight, filled from `record`, or empty on the meta device.

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from narrowcast.core import QuantizedTensor, QuantSpec, pack
 from narrowcast.kernels import kernel_name
+from narrowcast.kernels.reference_conv import conv_plan
 from narrowcast.nn.activation import FLOAT, Activation
 from narrowcast.nn.base import QuantizedModule
 from narrowcast.nn.linear import is_int8_per_channel
@@ -138,12 +139,14 @@ class QuantizedConv(QuantizedModule):
         channels_last: bool = True,
     ) -> None:
         super().__init__()
-        self.shape, self.activation, self.channels_last = shape, activation, channels_last
+        self.shape, self.channels_last = shape, channels_last
+        self.add_input_ranges(activation)
         self.add_weight("weight", spec, shape.matrix, record)
         if bias is None and has_bias:
             bias = torch.empty(shape.out_channels, device="meta")
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._integer = activation.mode in ("dynamic", "static") and is_int8_per_channel(spec)
+        self._planned: tuple[Any, list[int]] | None = None
         if record is not None:
             self.prepare_()
 
@@ -161,7 +164,7 @@ class QuantizedConv(QuantizedModule):
         return {
             "spec": str(self.stored("weight").spec),
             "shape": self.shape.to_dict(),
-            "activation": self.activation.to_dict(),
+            "activation": self.input_ranges().to_dict(),
             "bias": self.bias is not None,
             "channels_last": self.channels_last,
         }
@@ -173,16 +176,11 @@ class QuantizedConv(QuantizedModule):
         """
         if not self._integer or self.weight_codes is None:
             return
-        record = self.stored("weight").to_record(self)
-        assert record.scale is not None
-        derived = {
-            "kernel_panels": torch.ops.narrowcast.conv2d_int8_pack(record.codes, self.shape.kernel, self.shape.groups),
-            "kernel_scale": record.scale.expand(self.shape.out_channels, 1).reshape(-1).contiguous(),
-            "kernel_sum": record.codes.sum(1, dtype=torch.int32),
-        }
-        if self.activation.scale is not None:
-            derived["kernel_input_scale"] = torch.tensor([self.activation.scale])
-        for name, tensor in derived.items():
+        terms = self.kernel_terms("weight", groups=self.shape.groups)
+        codes = terms.pop("kernel_codes")
+        terms.setdefault("kernel_zero_sum", 128 * terms.pop("kernel_sum"))  # dynamic codes are int8 + 128
+        terms["kernel_panels"] = torch.ops.narrowcast.conv2d_int8_pack(codes, self.shape.kernel, self.shape.groups)
+        for name, tensor in terms.items():
             self.register_buffer(name, tensor, persistent=False)
         self.weight_codes = None
 
@@ -199,7 +197,7 @@ class QuantizedConv(QuantizedModule):
     def weight(self) -> Tensor:
         """The float32 weight in torch's layout, computed anew at every access; writing to it has no effect."""
         with _codes_restored(self):
-            weight = self.shape.from_matrix(self.stored("weight").dequantize(self))
+            weight = self.shape.from_matrix(self.float_weight("weight", groups=self.shape.groups))
         return weight.squeeze(-2) if self.shape.dimensions == 1 else weight
 
     @property
@@ -239,16 +237,27 @@ class QuantizedConv(QuantizedModule):
         return functional.pad(images, (left, right, top, bottom), mode=self.shape.padding_mode)
 
     def _integer_forward(self, images: Tensor, output_padding: tuple[int, int]) -> Tensor:
-        shape, activation = self.shape, self.activation
-        stride, padding, upsample = shape.as_direct()
-        if shape.padding_mode != "zeros":
-            padding = (0, 0, 0, 0)
-        input_scale = self.kernel_input_scale if activation.scale is not None else None
-        return torch.ops.narrowcast.conv2d_int8(  # type: ignore[no-any-return]
-            images, self.kernel_panels, self.kernel_scale, self.kernel_sum, self.bias, input_scale,
-            activation.zero_point, shape.kernel, stride, padding, shape.dilation, shape.groups, upsample,
-            output_padding, self.channels_last and shape.dimensions == 2,
+        static = self.input_scale is not None
+        return torch.ops.narrowcast.conv2d_int8_planned(  # type: ignore[no-any-return]
+            images, self.kernel_panels, self.kernel_scale, self.kernel_zero_sum, self.bias,
+            self.kernel_input_inverse if static else None, self.kernel_input_zero if static else None,
+            self._plan(output_padding),
         )  # fmt: skip
+
+    def _plan(self, output_padding: tuple[int, int]) -> list[int]:
+        """The integers of the op; made anew only when the output padding or the layout changes."""
+        key = (output_padding, self.channels_last)
+        if self._planned is None or self._planned[0] != key:
+            shape = self.shape
+            stride, padding, upsample = shape.as_direct()
+            if shape.padding_mode != "zeros":
+                padding = (0, 0, 0, 0)
+            last = self.channels_last and shape.dimensions == 2
+            plan = conv_plan(
+                shape.kernel, stride, padding, shape.dilation, shape.groups, upsample, output_padding, last
+            )
+            self._planned = (key, plan)
+        return self._planned[1]
 
     def _float_forward(self, images: Tensor, output_padding: tuple[int, int]) -> Tensor:
         shape, dtype = self.shape, images.dtype
@@ -256,7 +265,7 @@ class QuantizedConv(QuantizedModule):
         if self.activation.mode == "cast":
             assert self.activation.spec is not None
             compute = self.activation.spec.format.storage
-        weight = shape.from_matrix(self.stored("weight").dequantize(self)).to(compute)
+        weight = shape.from_matrix(self.float_weight("weight", groups=shape.groups)).to(compute)
         bias = None if self.bias is None else self.bias.to(compute)
         images = images.to(compute)
         top, left, bottom, right = shape.padding if shape.padding_mode == "zeros" else (0, 0, 0, 0)

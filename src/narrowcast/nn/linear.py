@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrowcast.core import PerChannel, PerTensor, QuantizedTensor, QuantSpec
+from narrowcast.errors import DataError
 from narrowcast.kernels import kernel_name
 from narrowcast.nn.activation import FLOAT, Activation
 from narrowcast.nn.base import QuantizedModule, StoredWeight
@@ -55,7 +56,7 @@ class QuantizedLinear(QuantizedModule):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.activation = activation
+        self.add_input_ranges(activation)
         self.add_weight("weight", spec, shape, record)
         if bias is None and has_bias:
             bias = torch.empty(shape[0], device="meta")
@@ -76,7 +77,7 @@ class QuantizedLinear(QuantizedModule):
         return {
             "spec": str(self.stored("weight").spec),
             "shape": [self.out_features, self.in_features],
-            "activation": self.activation.to_dict(),
+            "activation": self.input_ranges().to_dict(),
             "bias": self.bias is not None,
         }
 
@@ -84,24 +85,13 @@ class QuantizedLinear(QuantizedModule):
         """Row sums and flat scales for the int8 kernels; the codes themselves are used as they are stored."""
         if self._op not in ("linear_int8_dynamic", "linear_int8_static"):
             return
-        stored = self.stored("weight")
-        codes = self.weight_codes
-        if stored.spec.format.bits < 8:  # narrow codes run on the int8 kernel: unpacked once
-            codes = stored.to_record(self).codes
-        scale = stored.scale(self)
-        assert scale is not None
-        derived = {
-            "kernel_codes": codes,
-            "kernel_scale": scale.expand(self.out_features, 1).reshape(-1).contiguous(),
-            "kernel_sum": codes.sum(1, dtype=torch.int32),
-        }
-        for name, tensor in derived.items():
+        for name, tensor in self.kernel_terms("weight").items():
             self.register_buffer(name, tensor, persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """The float32 weight [out_features, in_features], computed anew at every access; writing to it has no effect."""
-        return self.stored("weight").dequantize(self)
+        return self.float_weight("weight")
 
     @property
     def kernel(self) -> str:
@@ -119,10 +109,12 @@ class QuantizedLinear(QuantizedModule):
             )
         if self._op == "linear_int8_static":
             return torch.ops.narrowcast.linear_int8_static(  # type: ignore[no-any-return]
-                x, self.kernel_codes, self.kernel_scale, self.kernel_sum, self.bias,
-                self.activation.scale, self.activation.zero_point,
+                x, self.kernel_codes, self.kernel_scale, self.kernel_zero_sum, self.bias,
+                self.kernel_input_inverse, self.kernel_input_zero,
             )  # fmt: skip
         if self._op == "linear_int4_dynamic":
+            if x.shape[-1] != self.in_features:  # the packed rows of an odd width and the next look alike to the op
+                raise DataError(f"linear layer: the input has {x.shape[-1]} features, expected {self.in_features}")
             return torch.ops.narrowcast.linear_int4_dynamic(  # type: ignore[no-any-return]
                 x, self.weight_codes, self.weight_scale, getattr(self, "weight_zero_point", None), self.bias,
                 self.stored("weight").group,

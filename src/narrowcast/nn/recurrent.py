@@ -93,7 +93,8 @@ class QuantizedRecurrent(QuantizedModule):
         biases: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.activation = shape, activation
+        self.shape = shape
+        self.add_input_ranges(activation)
         self.weight_names = tuple(shape.weights())
         for name, matrix in shape.weights().items():
             self.add_weight(name, specs[name], matrix, None if records is None else records[name])
@@ -116,7 +117,7 @@ class QuantizedRecurrent(QuantizedModule):
         return {
             "shape": asdict(self.shape),
             "specs": {name: str(self.stored(name).spec) for name in self.weight_names},
-            "activation": self.activation.to_dict(),
+            "activation": self.input_ranges().to_dict(),
         }
 
     def prepare_(self) -> None:

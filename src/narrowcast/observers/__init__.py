@@ -8,6 +8,7 @@ import re
 from narrowcast.errors import RecipeError
 from narrowcast.observers.base import Observer
 from narrowcast.observers.channel_magnitude import ChannelMagnitude
+from narrowcast.observers.channel_range import ChannelRange
 from narrowcast.observers.entropy import Entropy
 from narrowcast.observers.minmax import MinMax
 from narrowcast.observers.moving_average import MovingAverage
@@ -58,6 +59,7 @@ def make_observer(text: str, *, bits: int = 8, symmetric: bool = False) -> Obser
 __all__ = [
     "OBSERVERS",
     "ChannelMagnitude",
+    "ChannelRange",
     "Entropy",
     "MinMax",
     "MovingAverage",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowcast.core import PerTensor, QuantSpec, choose_scale
+from narrowcast.core import PerChannel, QuantSpec, choose_scale
 from narrowcast.data import iterate, repeatable
 from narrowcast.errors import DataError
 from narrowcast.methods import Seen
 from narrowcast.models import Layer, Observation, TorchModel
 from narrowcast.nn import Activation
-from narrowcast.observers import ChannelMagnitude, Observer, make_observer
+from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
 from narrowcast.plan import LayerPlan, Plan
+from narrowcast.transforms import channel_scales
 
 
 @dataclass
@@ -26,12 +28,14 @@ class Calibration:
 
     Args:
         observation: counts and samples of the pass.
-        ranges: range observer of each statically quantized module, by path.
+        ranges: range observer of each module with one static range, by path.
+        channel_ranges: range observer of each module with a static range per input channel, by path.
         magnitudes: channel magnitudes at the input of each module, by path.
     """
 
     observation: Observation = field(default_factory=Observation)
     ranges: dict[str, Observer] = field(default_factory=dict)
+    channel_ranges: dict[str, ChannelRange] = field(default_factory=dict)
     magnitudes: dict[str, ChannelMagnitude] = field(default_factory=dict)
 
     def ran(self, path: str) -> bool:
@@ -79,14 +83,41 @@ def calibrate(adapter: TorchModel, plan: Plan, data: Any) -> Calibration:
     watchers: dict[str, list[Any]] = {}
     for row in plan.layers:
         for path in _consumers(adapter, row):
-            if row.input is not None and row.input.observer and path not in result.ranges:
-                result.ranges[path] = make_observer(row.input.observer)
-                watchers.setdefault(path, []).append(result.ranges[path].update)
-            if path not in result.magnitudes:
-                result.magnitudes[path] = ChannelMagnitude()
-                watchers.setdefault(path, []).append(result.magnitudes[path].update)
+            if path in watchers:
+                continue
+            result.magnitudes[path] = ChannelMagnitude()
+            watchers[path] = [_thinned(result.magnitudes[path].update)]
+            if row.input is not None and row.input.observer:
+                observer: Observer | ChannelRange
+                if per_channel(row):
+                    observer = result.channel_ranges[path] = ChannelRange()
+                else:
+                    observer = result.ranges[path] = make_observer(row.input.observer)
+                watchers[path].append(observer.update)
     result.observation = adapter.observe(data, watchers)
     return result
+
+
+def per_channel(row: LayerPlan) -> bool:
+    """Whether a layer gets a static range per input channel.
+
+    A tied weight cannot take in the scales of several inputs, so it gets one range.
+    """
+    if row.input is None or not isinstance(row.input.spec.granularity, PerChannel) or not row.input.observer:
+        return False
+    return len(row.layer.sites) == 1
+
+
+def _thinned(update: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """The same watcher on about 256 positions of every image: neighbouring pixels tell the same of a channel's size."""
+
+    def watch(x: Tensor) -> None:
+        if x.dim() == 4:
+            step = max(1, math.isqrt(x.shape[1] * x.shape[2] // 256))
+            x = x[:, ::step, ::step]
+        update(x)
+
+    return watch
 
 
 def _consumers(adapter: TorchModel, row: LayerPlan) -> list[str]:
@@ -124,22 +155,26 @@ def _sees_input(parameter: str) -> bool:
     return parameter.startswith("weight_ih_l0")
 
 
-def activation_of(row: LayerPlan, path: str, calibration: Calibration) -> tuple[Activation, str, str]:
-    """(activation, reason of a fall-back or "", text for the report) of one module."""
+def activations_of(adapter: TorchModel, row: LayerPlan, path: str, calibration: Calibration) -> list[tuple[Activation, str]]:
+    """The treatments of a module's input to choose from, best guess first, each with its text for the report.
+
+    More than one only for ranges per channel, where the balance between input and weight is found by trying.
+    """
     if row.input is None:
-        return Activation(), "", "float"
+        return [(Activation(), "float")]
     if not row.input.observer:
-        return Activation(row.input.spec), "", str(row.input)
+        return [(Activation(row.input.spec), str(row.input))]
     if not calibration.ran(path):
-        reason = "it never ran in calibration, so it has no static range; its range is found at run time"
-        return Activation(QuantSpec.parse("int8/token")), reason, "int8/token"
-    low, high = calibration.ranges[path].range()
-    scale, zero_point = _static_scale(low, high, row.input.spec)
-    return Activation(row.input.spec, scale, zero_point), "", f"{row.input.spec} [{low:.4g}, {high:.4g}]"
-
-
-def _static_scale(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
-    assert isinstance(spec.granularity, PerTensor)
-    scale, zero_point = choose_scale(torch.tensor([[low]]), torch.tensor([[high]]), spec)
+        return [(Activation(QuantSpec.parse("int8/token")), "int8/token")]
+    if path in calibration.channel_ranges:
+        low, high = calibration.channel_ranges[path].result()
+        text = f"{row.input.spec} [{float(low.min()):.4g}, {float(high.max()):.4g}]"
+        balances = (1.0,) if adapter.is_depthwise(row.layer.sites[0]) else (1.0, 0.75, 0.5)
+        scales = [(balance, channel_scales(low, high, balance)) for balance in balances]
+        return [(Activation(row.input.spec, *pair), f"{text} balance {balance:g}") for balance, pair in scales]
+    bounds = calibration.ranges[path].range()
+    spec = QuantSpec.parse("uint8/tensor")
+    scale, zero_point = choose_scale(torch.tensor([[bounds[0]]]), torch.tensor([[bounds[1]]]), spec)
     assert zero_point is not None
-    return float(scale), int(zero_point)
+    activation = Activation(spec, scale.view(1), zero_point.view(1).to(torch.uint8))
+    return [(activation, f"{spec} [{bounds[0]:.4g}, {bounds[1]:.4g}]")]

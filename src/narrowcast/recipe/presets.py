@@ -5,6 +5,8 @@ Why they are as they are:
 - Embeddings and output heads stay in int8 in the int4 presets: they are read by every token.
 - With integer activations convolutions keep int8 weights in `dynamic-int4`: 4-bit weights per channel, which is what
   an integer convolution can run, cost MobileNetV2 52 points of accuracy.
+- Static inputs have one range per channel, unclipped: on MobileNetV1 that gives 32 dB at the output, one range for all
+  channels 29 dB, and ranges clipped for the least square error 19 dB.
 - Recurrent layers find their ranges at run time also in `static-int8`: the hidden state is not visible from outside.
 """
 
@@ -16,7 +18,7 @@ from narrowcast.recipe.rules import Recipe
 
 _INT8 = "int8/channel"
 _INT4 = "int4/group32/asym"
-_STATIC = "uint8/tensor static:mse"
+_STATIC = "uint8/channel static:minmax"
 _DYNAMIC = "int8/token"
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "ConvTranspose2d")
 _RECURRENT = ("LSTM", "GRU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,4 +62,4 @@ def _from_file(path: Path) -> Recipe:
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe file {path}: {error}") from None
     recipe = Recipe.from_dict(document, str(path))
-    return recipe if recipe.name else Recipe(recipe.rules, path.stem, recipe.fold_batchnorm)
+    return recipe if recipe.name else replace(recipe, name=path.stem)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from narrowcast.core import PerToken, QuantSpec
+from narrowcast.core import PerChannel, PerToken, QuantSpec
 from narrowcast.errors import FormatError, RecipeError
 from narrowcast.methods import make_method
 from narrowcast.models import Layer
 from narrowcast.nn import activation_spec
 from narrowcast.observers import make_observer
 
-DEFAULT_OBSERVER = "mse"
+DEFAULT_OBSERVER = "minmax"
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class InputRule:
         observer = (match[2] or DEFAULT_OBSERVER) if is_static else ""
         if observer:
             make_observer(observer)
+        if isinstance(spec.granularity, PerChannel) and observer != "minmax":
+            raise FormatError(f"input {text!r}: ranges per channel are observed by minmax; write 'static:minmax'")
         return cls(spec, observer)
 
     def __str__(self) -> str:
@@ -145,11 +147,13 @@ class Recipe:
         rules: in order.
         name: for reports.
         fold_batchnorm: whether BatchNorm is folded into the convolution before it.
+        correct_bias: whether, with data, the mean error of each layer is taken out through its bias.
     """
 
     rules: tuple[Rule, ...]
     name: str = ""
     fold_batchnorm: bool = True
+    correct_bias: bool = True
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -164,16 +168,18 @@ class Recipe:
         rules = values.get("rule", [])
         if not isinstance(rules, list) or not rules:
             raise RecipeError(f"{where}: has no [[rule]]; a recipe needs at least one")
-        fold = values.get("fold_batchnorm", True)
-        if not isinstance(fold, bool):
-            raise RecipeError(f"{where}: fold_batchnorm is true or false, got {fold!r}")
+        switches = {key: values.get(key, True) for key in ("fold_batchnorm", "correct_bias")}
+        for key, value in switches.items():
+            if not isinstance(value, bool):
+                raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
         made = tuple(Rule.from_dict(rule, f"{where}: rule {index + 1}") for index, rule in enumerate(rules))
-        return cls(made, str(values.get("name", "")), fold)
+        return cls(made, str(values.get("name", "")), **switches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         rules = [rule.to_dict() for rule in self.rules]
-        return {"name": self.name, "fold_batchnorm": self.fold_batchnorm, "rule": rules}
+        switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias}
+        return {"name": self.name, **switches, "rule": rules}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -1,5 +1,7 @@
-"""Rewrites of weights that keep the float function and make it easier to quantize. Sees tensors, never models."""
+"""Rewrites of weights and biases that make a layer easier to quantize, or mend it after. Sees tensors, never models."""
 
+from narrowcast.transforms.bias_correction import bias_correction
 from narrowcast.transforms.fold_batchnorm import BatchNormStatistics, fold_batchnorm
+from narrowcast.transforms.input_scales import channel_scales, fold_input_scales
 
-__all__ = ["BatchNormStatistics", "fold_batchnorm"]
+__all__ = ["BatchNormStatistics", "bias_correction", "channel_scales", "fold_batchnorm", "fold_input_scales"]
