@@ -142,7 +142,7 @@ void run_conv(ConvCall& call) {
 
 // The integers of a call in the order of the schema; narrowcast.kernels.reference_conv.conv_plan writes the same.
 enum Plan : int {
-  kZeroPoint, kKernelH, kKernelW, kStrideH, kStrideW, kTop, kLeft, kBottom, kRight, kDilationH, kDilationW, kGroups,
+  kKernelH, kKernelW, kStrideH, kStrideW, kTop, kLeft, kBottom, kRight, kDilationH, kDilationW, kGroups,
   kUpH, kUpW, kMoreH, kMoreW, kChannelsLast, kPlanSize
 };
 
@@ -191,21 +191,21 @@ Tensor new_output(const ConvShape& s) {
   return Tensor(handle);
 }
 
-// Static: the one scale of the layer; dynamic: one per sample.
-void set_ranges(const ConvCall& call, const std::optional<Tensor>& input_scale, int64_t zero_point, CodeRange* range,
-                float* scale) {
-  constexpr const char* op = "conv2d_int8";
-  if (!input_scale) return measure_samples(call.shape, call.input, *call.kernels, range, scale);
-  check_tensor(*input_scale, ScalarType::Float, input_scale->dim(), op, "input_scale");
-  NARROWCAST_CHECK(input_scale->numel() == 1, op, "input_scale must have one entry");
-  NARROWCAST_CHECK(zero_point >= 0 && zero_point <= 255, op, "input_zero_point is ", zero_point, ", not 0..255");
-  const float step = *static_cast<const float*>(input_scale->const_data_ptr());
-  NARROWCAST_CHECK(std::isfinite(step) && std::isfinite(1.0f / step) && step > 0.0f, op, "input_scale is ", step);
-  const float zero = static_cast<float>(zero_point);
-  for (int64_t sample = 0; sample < call.shape.batch; ++sample) {
-    range[sample] = {1.0f / step, -zero, 255.0f - zero, static_cast<int32_t>(zero_point)};
-    scale[sample] = step;
-  }
+// Static: the ranges that the caller fixed (`scale` then holds the input scale already); dynamic: one per sample.
+void set_ranges(ConvCall& call, const std::optional<InputRange>& input, std::vector<uint8_t>& zero_row,
+                CodeRange* range, float* scale) {
+  const ConvShape& s = call.shape;
+  if (!input) return measure_samples(s, call.input, *call.kernels, range, scale);
+  const auto zero = static_cast<float>(*input->zero_point());
+  std::fill_n(range, s.batch, CodeRange{*input->inverse(), -zero, 255.0f - zero, *input->zero_point()});
+  std::fill_n(scale, s.batch, 1.0f);
+  if (!input->per_channel()) return;
+  call.channel_range = {input->inverse(), input->zero_point()};
+  if (input->one_zero_point() || s.depthwise()) return;
+  const DenseLayout layout = dense_layout(s);
+  zero_row.resize(static_cast<size_t>(layout.row_pixels * layout.pixel_bytes));
+  write_zero_row(s, input->zero_point(), zero_row.data());
+  call.zero_row = zero_row.data();
 }
 
 const float* channel_values(const Tensor& tensor, int64_t channels, const char* name) {
@@ -214,15 +214,17 @@ const float* channel_values(const Tensor& tensor, int64_t channels, const char* 
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
-Tensor conv2d_int8_planned(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
-                           std::optional<Tensor> input_scale, Ints plan) {
+Tensor conv2d_int8_planned(Tensor x, Tensor packed, Tensor scale, Tensor zero_sum, std::optional<Tensor> bias,
+                           std::optional<Tensor> input_inverse, std::optional<Tensor> input_zero_point, Ints plan) {
   constexpr const char* op = "conv2d_int8";
   NARROWCAST_CHECK(plan.size() == kPlanSize, op, "plan must have ", +kPlanSize, " entries, got ", plan.size());
   const FloatType type = float_type(x, op, "x");
   NARROWCAST_CHECK(x.dim() == 4, op, "x must have 4 dimensions, got shape ", shape_text(x));
   check_tensor(packed, ScalarType::Char, 1, op, "packed");
   check_tensor(scale, ScalarType::Float, 1, op, "scale");
-  check_tensor(weight_sum, ScalarType::Int, 1, op, "weight_sum");
+  check_tensor(zero_sum, ScalarType::Int, 1, op, "zero_sum");
+  NARROWCAST_CHECK(input_inverse.has_value() == input_zero_point.has_value(), op,
+                   "input_inverse and input_zero_point must be given together or not at all");
   ConvCall call{};
   ConvShape& s = call.shape;
   const int64_t outputs = scale.size(0);
@@ -230,32 +232,35 @@ Tensor conv2d_int8_planned(Tensor x, Tensor packed, Tensor scale, Tensor weight_
   set_shape(s, plan.data(), outputs, x);
   const int64_t bytes = packed_bytes(outputs, s.group_inputs(), s.kernel_h * s.kernel_w, s.groups);
   NARROWCAST_CHECK(packed.numel() == bytes, op, "packed has ", packed.numel(), " bytes, expected ", bytes);
-  packed = as_contiguous(packed), scale = as_contiguous(scale), weight_sum = as_contiguous(weight_sum);
+  packed = as_contiguous(packed), scale = as_contiguous(scale), zero_sum = as_contiguous(zero_sum);
   const std::optional<Tensor> offsets = bias ? std::optional<Tensor>(as_float32(*bias, op, "bias")) : std::nullopt;
   call.kernels = &kConvTiers.active();
   call.input = static_cast<const float*>(input.const_data_ptr());
   call.packed = static_cast<const int8_t*>(packed.const_data_ptr());
   call.scale = channel_values(scale, outputs, "scale");
   call.bias = offsets ? channel_values(*offsets, outputs, "bias") : nullptr;
-  channel_values(weight_sum, outputs, "weight_sum");
-  call.weight_sum = static_cast<const int32_t*>(weight_sum.const_data_ptr());
+  channel_values(zero_sum, outputs, "zero_sum");
+  call.zero_sum = static_cast<const int32_t*>(zero_sum.const_data_ptr());
   Tensor output = new_output(s);
   call.output = static_cast<float*>(output.mutable_data_ptr());
   std::vector<CodeRange> range(static_cast<size_t>(s.batch));
   std::vector<float> sample_scale(static_cast<size_t>(s.batch));
-  set_ranges(call, input_scale, plan[kZeroPoint], range.data(), sample_scale.data());
+  std::vector<uint8_t> zero_row;
+  std::optional<InputRange> fixed;
+  if (input_inverse) fixed.emplace(*input_inverse, *input_zero_point, s.channels, op);
+  set_ranges(call, fixed, zero_row, range.data(), sample_scale.data());
   call.range = range.data(), call.input_scale = sample_scale.data();
   if (s.batch > 0) run_conv(call);
   if (type == FloatType::float32) return output;
   return torch::stable::to(output, x.scalar_type());
 }
 
-Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std::optional<Tensor> bias,
-                   std::optional<Tensor> input_scale, int64_t input_zero_point, Ints kernel_size, Ints stride,
-                   Ints padding, Ints dilation, int64_t groups, Ints upsample, Ints output_padding,
+Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor zero_sum, std::optional<Tensor> bias,
+                   std::optional<Tensor> input_inverse, std::optional<Tensor> input_zero_point, Ints kernel_size,
+                   Ints stride, Ints padding, Ints dilation, int64_t groups, Ints upsample, Ints output_padding,
                    bool channels_last) {
   constexpr const char* op = "conv2d_int8";
-  Ints plan{input_zero_point};
+  Ints plan;
   plan.reserve(kPlanSize);
   const auto append = [&](const Ints& values, size_t count, const char* name) {
     NARROWCAST_CHECK(values.size() == count, op, name, " must have ", count, " entries, got ", values.size());
@@ -269,8 +274,8 @@ Tensor conv2d_int8(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, std
   append(upsample, 2, "upsample");
   append(output_padding, 2, "output_padding");
   plan.push_back(channels_last);
-  return conv2d_int8_planned(std::move(x), std::move(packed), std::move(scale), std::move(weight_sum),
-                             std::move(bias), std::move(input_scale), std::move(plan));
+  return conv2d_int8_planned(std::move(x), std::move(packed), std::move(scale), std::move(zero_sum),
+                             std::move(bias), std::move(input_inverse), std::move(input_zero_point), std::move(plan));
 }
 
 }  // namespace

@@ -193,10 +193,9 @@ struct Affine {
 NC_INLINE Affine make_affine(const Epilogue& epilogue, int64_t channel, int64_t n) {
   const Float zero = spread(0.0f);
   const Float scale = multiply(spread(epilogue.input_scale), load_up_to(epilogue.scale + channel, n));
-  const Int sums = n >= kLanes ? load_int(epilogue.weight_sum + channel)
-                               : load_int_part(epilogue.weight_sum + channel, n);
+  const Int offset = n >= kLanes ? load_int(epilogue.offset + channel) : load_int_part(epilogue.offset + channel, n);
   return {scale, epilogue.bias ? load_up_to(epilogue.bias + channel, n) : zero,
-          multiply_int(spread_int(epilogue.zero_point), sums)};
+          multiply_int(spread_int(epilogue.offset_factor), offset)};
 }
 
 NC_INLINE Float apply(const Affine& affine, Int sum) {

@@ -30,6 +30,7 @@ void quantize(Task& task, int64_t sample, int64_t row, int64_t pixels, uint8_t* 
   const DenseLayout& layout = task.layout;
   const ConvKernels& kernels = *task.call.kernels;
   const CodeRange range = task.call.range[sample];
+  const bool per_channel = task.call.channel_range.inverse != nullptr;
   const float* source = task.call.input + sample * s.sample_stride + row * s.row_stride;
   const int64_t pixel_stride = layout.pixel_bytes * s.up_w;
   const bool gapless = layout.group_codes == s.group_inputs();
@@ -37,7 +38,12 @@ void quantize(Task& task, int64_t sample, int64_t row, int64_t pixels, uint8_t* 
   for (int64_t part = 0; part < parts; ++part, codes += layout.group_codes) {
     const float* from = source + part * inputs * s.channel_stride;
     uint32_t seen = 0;
-    if (!s.interleaved) {
+    if (per_channel) {
+      const auto body = s.interleaved ? kernels.quantize_channel_pixels : kernels.quantize_channel_planes;
+      const int64_t stride = s.interleaved ? s.column_stride : s.channel_stride, first = part * inputs;
+      const ChannelRange channels{task.call.channel_range.inverse + first, task.call.channel_range.zero_point + first};
+      seen = body(from, stride, inputs, pixels, channels, codes, pixel_stride);
+    } else if (!s.interleaved) {
       seen = kernels.quantize_planes(from, s.channel_stride, inputs, pixels, range, codes, pixel_stride);
     } else if (s.column_stride == s.channels && pixel_stride == s.channels && gapless) {
       seen = kernels.quantize_pixels(from, 0, pixels * s.channels, 1, range, codes, 0);
@@ -48,11 +54,19 @@ void quantize(Task& task, int64_t sample, int64_t row, int64_t pixels, uint8_t* 
   }
 }
 
+void write_padding(const Task& task, int64_t sample, uint8_t* row) {
+  const auto bytes = static_cast<size_t>(task.row_bytes());
+  if (task.call.zero_row == nullptr) {
+    std::memset(row, task.call.range[sample].zero_point, bytes);
+  } else {
+    std::memcpy(row, task.call.zero_row, bytes);
+  }
+}
+
 // Buffer rows of one sample, from padded row `first`; returns the end of what it wrote.
 uint8_t* fill_segment(Task& task, int64_t sample, int64_t first, int64_t count, uint8_t* codes) {
   const ConvShape& s = task.call.shape;
   const DenseLayout& layout = task.layout;
-  const int zero = task.call.range[sample].zero_point;
   const int64_t bytes = task.row_bytes();
   const bool plain = s.left == 0 && layout.row_pixels == s.width && s.up_h == 1 && s.up_w == 1 && layout.row_step == 1;
   const bool gapless = plain && s.row_stride == s.width * s.column_stride;
@@ -65,11 +79,11 @@ uint8_t* fill_segment(Task& task, int64_t sample, int64_t first, int64_t count, 
     uint8_t* to = codes + i * bytes;
     const int64_t up_row = first + i * layout.row_step - s.top, row = up_row / s.up_h;
     if (up_row < 0 || row >= s.height || up_row % s.up_h != 0) {
-      std::memset(to, zero, static_cast<size_t>(bytes));
+      write_padding(task, sample, to);
       ++i;
       continue;
     }
-    if (padded_row) std::memset(to, zero, static_cast<size_t>(bytes));
+    if (padded_row) write_padding(task, sample, to);
     const int64_t rows = gapless ? std::min(count - i, s.height - row) : 1;
     to += s.left * layout.pixel_bytes;
     if (together) {
@@ -108,11 +122,10 @@ void store_block(const Task& task, int64_t pixel, int64_t count, int64_t channel
   const ConvCall& call = task.call;
   const ConvShape& s = call.shape;
   const int64_t plane = s.out_height * s.out_width, begin = task.row_begin * s.out_width + pixel;
-  Epilogue epilogue{call.scale + channel, call.bias ? call.bias + channel : nullptr, call.weight_sum + channel, 0, 0,
+  Epilogue epilogue{call.scale + channel, call.bias ? call.bias + channel : nullptr, call.zero_sum + channel, 1, 0,
                     nullptr};
   for (int64_t done = 0; done < count;) {
     const int64_t at = begin + done, sample = at / plane, run = std::min(count - done, plane - at % plane);
-    epilogue.zero_point = call.range[sample].zero_point;
     epilogue.input_scale = call.input_scale[sample];
     const int32_t* sums = task.sums + done * stride;
     if (s.channels_last || plane == 1) {

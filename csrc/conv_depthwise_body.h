@@ -2,7 +2,7 @@
 // channel share a 32-bit word, so one dot product does four taps; the weights are shifted instead of the data.
 #pragma once
 
-#include "conv_body.h"
+#include "conv_channels_body.h"
 
 namespace narrowcast {
 namespace {
@@ -126,8 +126,10 @@ void depthwise_row(const DepthwiseRow& row, int square, int stride) {
 }
 
 constexpr ConvKernels make_conv_kernels() {
-  return {magnitude_bits, quantize_planes, quantize_pixels,  interleave_words, kTileRows,   kMaxVectors,
-          dot_block,      depthwise_weights, depthwise_row, store_pixels,     store_planes};
+  return {magnitude_bits,          quantize_planes,  quantize_pixels, quantize_channel_planes,
+          quantize_channel_pixels, interleave_words, kTileRows,       kMaxVectors,
+          dot_block,               depthwise_weights, depthwise_row,  store_pixels,
+          store_planes};
 }
 
 }  // namespace

@@ -16,6 +16,12 @@ struct CodeRange {
   int32_t zero_point;
 };
 
+// The same with one inverse and one zero point per channel; null: one CodeRange for all.
+struct ChannelRange {
+  const float* inverse;
+  const int32_t* zero_point;
+};
+
 // Rows of u8 activations against `vectors` (1, 2 or 4) panels of 16 output channels. Row p reads 4 * steps bytes at
 // row[p] + tap_offset[t] for every tap t. A panel is [taps][steps][16][4] int8; sums are [rows][vectors * 16].
 struct DotBlock {
@@ -30,12 +36,12 @@ struct DotBlock {
   int32_t* sums;
 };
 
-// Per output channel: y = float(sum - zero_point * weight_sum) * (input_scale * scale) + bias.
+// Per output channel: y = float(sum - offset_factor * offset) * (input_scale * scale) + bias.
 struct Epilogue {
   const float* scale;
   const float* bias;  // may be null
-  const int32_t* weight_sum;
-  int32_t zero_point;
+  const int32_t* offset;
+  int32_t offset_factor;
   float input_scale;
   const float* row_scale;  // of every pixel in place of input_scale (store_pixels only); may be null
 };
@@ -65,6 +71,11 @@ struct ConvKernels {
   // Channel-interleaved floats to interleaved codes; returns 0x7f800000 or more when a value is not finite.
   uint32_t (*quantize_pixels)(const float* source, int64_t source_stride, int64_t channels, int64_t width,
                               CodeRange range, uint8_t* codes, int64_t pixel_stride);
+  // Both with the range of every channel, `range` pointing at the first one.
+  uint32_t (*quantize_channel_planes)(const float* source, int64_t plane_stride, int64_t channels, int64_t width,
+                                      ChannelRange range, uint8_t* codes, int64_t pixel_stride);
+  uint32_t (*quantize_channel_pixels)(const float* source, int64_t source_stride, int64_t channels, int64_t width,
+                                      ChannelRange range, uint8_t* codes, int64_t pixel_stride);
   // [words * 4 pixels][16 channels] bytes to [words][16][4].
   void (*interleave_words)(const uint8_t* pixels, int64_t pixel_stride, int64_t words, uint8_t* output);
   int64_t tile_rows;  // rows of the largest register tile

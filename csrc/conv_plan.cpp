@@ -112,6 +112,19 @@ DenseLayout dense_layout(const ConvShape& s) {
   return layout;
 }
 
+void write_zero_row(const ConvShape& s, const int32_t* zero_point, uint8_t* row) {
+  const DenseLayout layout = dense_layout(s);
+  const int64_t inputs = s.group_inputs(), bytes = layout.row_pixels * layout.pixel_bytes;
+  for (int64_t group = 0; group < s.groups; ++group) {
+    for (int64_t c = 0; c < layout.group_codes; ++c) {
+      row[group * layout.group_codes + c] = static_cast<uint8_t>(c < inputs ? zero_point[group * inputs + c] : 0);
+    }
+  }
+  for (int64_t done = layout.pixel_bytes; done < bytes; done *= 2) {
+    std::memcpy(row + done, row, static_cast<size_t>(std::min(done, bytes - done)));
+  }
+}
+
 DepthwiseLayout depthwise_layout(const ConvShape& s) {
   DepthwiseLayout layout{};
   const int64_t common = std::gcd<int64_t>(4, s.stride_w);

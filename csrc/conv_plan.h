@@ -23,12 +23,14 @@ struct ConvShape {
 struct ConvCall {
   ConvShape shape;
   const float* input;
-  const CodeRange* range;    // [batch]
-  const float* input_scale;  // [batch]
+  const CodeRange* range;      // [batch]
+  const float* input_scale;    // [batch]
+  ChannelRange channel_range;  // [channels], takes the place of `range`; or nulls
+  const uint8_t* zero_row;     // dense: see write_zero_row; null where range->zero_point is that of all channels
   const int8_t* packed;
   const float* scale;
   const float* bias;
-  const int32_t* weight_sum;
+  const int32_t* zero_sum;  // [out_channels], what the zero points add to the sums
   float* output;
   const ConvKernels* kernels;
 };
@@ -70,6 +72,8 @@ struct DenseLayout {
   int64_t panel_bytes;
 };
 DenseLayout dense_layout(const ConvShape& shape);
+// One buffered row [row_pixels][pixel_bytes] of nothing but padding: every channel's own zero point.
+void write_zero_row(const ConvShape& shape, const int32_t* zero_point, uint8_t* row);
 
 // How depthwise outputs map to four-pixel words.
 struct DepthwiseLayout {

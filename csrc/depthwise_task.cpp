@@ -15,7 +15,19 @@ struct Block {
   uint8_t* words;   // [rows][layout.words][16][4]
   uint8_t* pixels;  // one row, [4 * layout.words][16]; its padding is already written
   uint8_t* plane;   // the rows of a narrow planar input without padding, [rows * width][16]
+  uint8_t zero_pixel[kLane] = {};     // one pixel, and
+  uint8_t zero_word[4 * kLane] = {};  // one word of nothing but padding
   uint32_t seen = 0;
+
+  // Lets every later row that is quantized into `pixels` have its padding around it.
+  void write_padding() {
+    const int32_t* zeros = call.channel_range.zero_point;
+    for (int64_t c = 0; c < channels; ++c) {
+      zero_pixel[c] = static_cast<uint8_t>(zeros ? zeros[channel + c] : call.range[sample].zero_point);
+    }
+    for (int64_t i = 0; i < 4 * layout.words; ++i) std::memcpy(pixels + i * kLane, zero_pixel, kLane);
+    call.kernels->interleave_words(pixels, kLane, 1, zero_word);
+  }
 };
 
 // Input values from (row, 0) on, `pixels` of them in a row, as codes [pixels][16], `spread` pixels apart.
@@ -24,10 +36,18 @@ void quantize(Block& block, int64_t row, int64_t pixels, int64_t spread, uint8_t
   const ConvKernels& kernels = *block.call.kernels;
   const float* source = block.call.input + block.sample * s.sample_stride + block.channel * s.channel_stride +
                         row * s.row_stride;
-  const auto body = s.interleaved ? kernels.quantize_pixels : kernels.quantize_planes;
   const int64_t stride = s.interleaved ? s.column_stride : s.channel_stride;
-  const CodeRange range = block.call.range[block.sample];
-  block.seen = std::max(block.seen, body(source, stride, block.channels, pixels, range, codes, kLane * spread));
+  uint32_t seen;
+  if (block.call.channel_range.inverse != nullptr) {
+    const auto body = s.interleaved ? kernels.quantize_channel_pixels : kernels.quantize_channel_planes;
+    const ChannelRange range{block.call.channel_range.inverse + block.channel,
+                             block.call.channel_range.zero_point + block.channel};
+    seen = body(source, stride, block.channels, pixels, range, codes, kLane * spread);
+  } else {
+    const auto body = s.interleaved ? kernels.quantize_pixels : kernels.quantize_planes;
+    seen = body(source, stride, block.channels, pixels, block.call.range[block.sample], codes, kLane * spread);
+  }
+  block.seen = std::max(block.seen, seen);
 }
 
 void fill_rows(Block& block, int64_t first, int64_t count) {
@@ -41,7 +61,7 @@ void fill_rows(Block& block, int64_t first, int64_t count) {
     uint8_t* words = block.words + i * pixels * kLane;
     const int64_t up_row = first + i - s.top, row = up_row / s.up_h;
     if (up_row < 0 || row >= s.height || up_row % s.up_h != 0) {
-      std::memset(words, block.call.range[block.sample].zero_point, static_cast<size_t>(pixels * kLane));
+      for (int64_t word = 0; word < block.layout.words; ++word) std::memcpy(words + 64 * word, block.zero_word, 64);
       continue;
     }
     if (together) {
@@ -58,8 +78,8 @@ void compute_rows(const Block& block, DepthwiseRow& row, int64_t row_begin, int6
   const ConvCall& call = block.call;
   const ConvShape& s = call.shape;
   const int64_t plane = s.out_height * s.out_width, c = block.channel;
-  const Epilogue epilogue{call.scale + c, call.bias ? call.bias + c : nullptr, call.weight_sum + c,
-                          call.range[block.sample].zero_point, call.input_scale[block.sample], nullptr};
+  const Epilogue epilogue{call.scale + c, call.bias ? call.bias + c : nullptr, call.zero_sum + c, 1,
+                          call.input_scale[block.sample], nullptr};
   int32_t* const sums = row.sums;
   const int64_t together = epilogue_rows(s);
   for (int64_t first = row_begin; first < row_end; first += together) {
@@ -111,7 +131,7 @@ uint32_t depthwise_task(const ConvCall& call, const ConvPlan& plan, int64_t inde
     const int64_t channel = unit % blocks * kLane;
     Block block{call, layout, unit / blocks, channel, std::min<int64_t>(kLane, s.channels - channel),
                 scratch + row_bytes, scratch, scratch + (rows + 1) * row_bytes};
-    std::memset(block.pixels, call.range[block.sample].zero_point, static_cast<size_t>(row_bytes));
+    block.write_padding();
     fill_rows(block, row_begin * s.stride_h, rows);
     const int8_t* taps = call.packed + channel * s.kernel_h * s.kernel_w;
     call.kernels->depthwise_weights(taps, static_cast<int>(s.kernel_w), static_cast<int>(s.dilation_w),

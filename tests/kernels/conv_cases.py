@@ -29,6 +29,7 @@ class ConvCase:
     output_padding: tuple[int, int] = (0, 0)
     bias: bool = True
     zero_point: int | None = 117  # None: dynamic
+    per_channel: bool = False  # scales of their own; with a zero_point other than 0, zero points too
     channels_last: bool = False
     layout: str = "planar"
 
@@ -53,6 +54,25 @@ class ConvCase:
         x = torch.randn(b, c, h, w, generator=random)
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else x
 
+    def input_range(self) -> tuple[Tensor | None, Tensor | None]:
+        """(input_inverse, input_zero_point) of conv2d_int8."""
+        if self.zero_point is None:
+            return None, None
+        if not self.per_channel:
+            return torch.tensor([1 / 0.027]), torch.tensor([self.zero_point], dtype=torch.int32)
+        random = torch.Generator().manual_seed(self.channels)
+        inverse = 37.0 * torch.logspace(-1, 1, self.channels, base=4.0)
+        zeros = torch.randint(0, 256, (self.channels,), dtype=torch.int32, generator=random)
+        zeros[0] = self.zero_point
+        return inverse, zeros if self.zero_point else torch.zeros_like(zeros)
+
+    def zero_sum(self, weight: Tensor, zeros: Tensor) -> Tensor:
+        """[O] int32, the sum over the weights of each output channel of weight * zero point."""
+        inputs = self.channels // self.groups
+        sums = weight.reshape(self.groups, self.outputs // self.groups, inputs, -1).sum(dim=3, dtype=torch.int32)
+        zeros = zeros.expand(self.channels).reshape(self.groups, 1, inputs)
+        return (sums * zeros).sum(dim=2, dtype=torch.int32).reshape(-1)
+
     def arguments(self, x: Tensor | None = None) -> tuple[Any, ...]:
         """Arguments of conv2d_int8."""
         weight = self.weight()
@@ -60,13 +80,14 @@ class ConvCase:
         packed = kernels.OPS["conv2d_int8_pack"].reference(weight, self.kernel, self.groups)
         scale = torch.rand(self.outputs, generator=random) * 0.01 + 0.001
         bias = torch.randn(self.outputs, generator=random) if self.bias else None
-        input_scale = None if self.zero_point is None else torch.tensor([0.027])
+        inverse, zeros = self.input_range()
+        if inverse is not None and not self.per_channel:
+            scale = scale / inverse
         geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.upsample)
         x = self.x() if x is None else x
-        weight_sum = weight.sum(dim=1, dtype=torch.int32)
+        zero_sum = self.zero_sum(weight, torch.tensor([128]) if zeros is None else zeros)
         return (
-            x, packed, scale, weight_sum, bias, input_scale, self.zero_point or 0, *geometry, self.output_padding,
-            self.channels_last,
+            x, packed, scale, zero_sum, bias, inverse, zeros, *geometry, self.output_padding, self.channels_last
         )  # fmt: skip
 
 

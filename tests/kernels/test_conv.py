@@ -35,6 +35,44 @@ def test_every_tier_gives_the_reference_bits(shape: str, every_tier: Tiers) -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_a_range_per_input_channel_gives_the_reference_bits(shape: str, every_tier: Tiers) -> None:
+    for number in (1, 2, 3, 5, 6, 7, 9, 10):
+        case = replace(vary(SHAPES[shape], number), per_channel=True)
+        assert_every_tier_gives_the_reference(every_tier, case.arguments())
+
+
+@pytest.mark.parametrize("shape", ["square", "grouped odd", "depthwise", "upsampled"])
+def test_equal_ranges_per_channel_are_one_range(shape: str, tier: str) -> None:
+    for layout in ("planar", "channels_last"):
+        case = replace(SHAPES[shape], layout=layout)
+        arguments = list(case.arguments())
+        expected = OPS.conv2d_int8(*arguments)
+        arguments[5:7] = (value.expand(case.channels).contiguous() for value in arguments[5:7])
+        assert torch.equal(OPS.conv2d_int8(*arguments), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 9])
+def test_scales_per_channel_folded_into_the_weight_give_the_float_convolution(groups: int, tier: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    magnitude = torch.logspace(-1, 1, 9)
+    x = (torch.rand(2, 9, 10, 11, generator=random) - torch.linspace(0, 1, 9)[:, None, None]) * magnitude[:, None, None]
+    weight = torch.randn(18 if groups < 9 else 9, 9 // groups, 3, 3, generator=random)
+    step, zeros = magnitude / 255, torch.round(torch.linspace(0, 1, 9) * 255).to(torch.int32)
+    grouped = weight.reshape(groups, -1, 9 // groups, 9) * step.reshape(groups, 1, -1, 1)
+    folded = grouped.reshape(len(weight), -1)
+    scale = folded.abs().amax(dim=1) / 127
+    codes = torch.round(folded / scale[:, None]).to(torch.int8)
+    zero_sum = ConvCase(channels=9, outputs=len(weight), groups=groups).zero_sum(codes, zeros)
+    packed = OPS.conv2d_int8_pack(codes, (3, 3), groups)
+    y = OPS.conv2d_int8(
+        x, packed, scale, zero_sum, None, 1 / step, zeros, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups, (1, 1),
+        (0, 0), False,
+    )  # fmt: skip
+    expected = F.conv2d(x, weight, padding=1, groups=groups)
+    assert (y - expected).norm() / expected.norm() < 0.015
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_unpack_undoes_pack(shape: str) -> None:
     case = SHAPES[shape]
     weight = case.weight()
@@ -52,10 +90,10 @@ def test_extreme_codes_do_not_overflow(shape: str, every_tier: Tiers) -> None:
     weight = torch.where(torch.arange(case.outputs)[:, None] % 2 == 0, 127, -127).to(torch.int8)
     weight = weight.expand_as(case.weight()).contiguous()
     arguments[1] = OPS.conv2d_int8_pack(weight, case.kernel, case.groups)
-    arguments[3] = weight.sum(dim=1, dtype=torch.int32)
+    arguments[3] = torch.zeros(case.outputs, dtype=torch.int32)
     y = assert_every_tier_gives_the_reference(every_tier, tuple(arguments))
     taps = weight.shape[1]
-    exact = 255.0 * 127 * taps * (torch.tensor([0.027]) * arguments[2][0]) + arguments[4][0]
+    exact = 255.0 * 127 * taps * arguments[2][0] + arguments[4][0]
     assert torch.allclose(y[0, 0, 4, 4], exact)
 
 
@@ -112,9 +150,9 @@ def test_upsample_is_transposed_convolution(groups: int, stride: int) -> None:
     rows = direct.reshape(outputs, -1).contiguous()
     edge = dilation * (kernel - 1) - padding
     packed = OPS.conv2d_int8_pack(rows, (kernel, kernel), groups)
-    weight_sum = rows.sum(dim=1, dtype=torch.int32)
+    zero_sum = 128 * rows.sum(dim=1, dtype=torch.int32)
     y = OPS.conv2d_int8(
-        x, packed, torch.ones(outputs), weight_sum, None, None, 0, (kernel, kernel), (1, 1), (edge,) * 4,
+        x, packed, torch.ones(outputs), zero_sum, None, None, None, (kernel, kernel), (1, 1), (edge,) * 4,
         (dilation, dilation), groups, (stride, stride), (more, more), False,
     )  # fmt: skip
     assert torch.equal(y, expected)
@@ -125,9 +163,9 @@ def test_close_to_float_convolution() -> None:
     x, weight = torch.randn(2, 32, 14, 14), torch.randn(48, 32, 3, 3)
     scale = weight.abs().amax(dim=(1, 2, 3)) / 127
     codes = torch.round(weight / scale[:, None, None, None]).to(torch.int8).reshape(48, -1)
-    packed, weight_sum = OPS.conv2d_int8_pack(codes, (3, 3), 1), codes.sum(dim=1, dtype=torch.int32)
+    packed, zero_sum = OPS.conv2d_int8_pack(codes, (3, 3), 1), 128 * codes.sum(dim=1, dtype=torch.int32)
     y = OPS.conv2d_int8(
-        x, packed, scale, weight_sum, None, None, 0, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, (1, 1), (0, 0), False
+        x, packed, scale, zero_sum, None, None, None, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, (1, 1), (0, 0), False
     )
     expected = F.conv2d(x, weight, padding=1)
     assert (y - expected).norm() / expected.norm() < 0.015
@@ -136,10 +174,10 @@ def test_close_to_float_convolution() -> None:
 def test_planned_call_is_the_same_call() -> None:
     for number, shape in enumerate(("asymmetric", "grouped odd", "depthwise long", "upsampled")):
         arguments = vary(SHAPES[shape], number).arguments()
-        planned = OPS.conv2d_int8_planned(*arguments[:6], conv_plan(*arguments[6:]))
+        planned = OPS.conv2d_int8_planned(*arguments[:7], conv_plan(*arguments[7:]))
         assert torch.equal(planned, OPS.conv2d_int8(*arguments))
         assert torch.equal(
-            kernels.OPS["conv2d_int8_planned"].reference(*arguments[:6], conv_plan(*arguments[6:])), planned
+            kernels.OPS["conv2d_int8_planned"].reference(*arguments[:7], conv_plan(*arguments[7:])), planned
         )
 
 
@@ -148,7 +186,7 @@ def test_opcheck_accepts_the_convolution_ops() -> None:
     case = vary(SHAPES["grouped"], 1)
     arguments = case.arguments()
     torch.library.opcheck(OPS.conv2d_int8.default, arguments)
-    torch.library.opcheck(OPS.conv2d_int8_planned.default, (*arguments[:6], conv_plan(*arguments[6:])))
+    torch.library.opcheck(OPS.conv2d_int8_planned.default, (*arguments[:7], conv_plan(*arguments[7:])))
     torch.library.opcheck(OPS.conv2d_int8_pack.default, (case.weight(), case.kernel, case.groups))
     inputs = case.channels // case.groups
     torch.library.opcheck(

@@ -11,8 +11,8 @@ from tests.kernels.conv_cases import SHAPES, ConvCase
 OPS = torch.ops.narrowcast
 
 ARGUMENTS = (
-    "x", "packed", "scale", "weight_sum", "bias", "input_scale", "input_zero_point", "kernel_size", "stride", "padding",
-    "dilation", "groups", "upsample", "output_padding", "channels_last",
+    "x", "packed", "scale", "zero_sum", "bias", "input_inverse", "input_zero_point", "kernel_size", "stride",
+    "padding", "dilation", "groups", "upsample", "output_padding", "channels_last",
 )  # fmt: skip
 
 WRONG = {
@@ -23,12 +23,16 @@ WRONG = {
     "packed of floats": ("packed", torch.zeros(10), "packed must be int8"),
     "packed too short": ("packed", torch.zeros(10, dtype=torch.int8), "packed has 10 bytes"),
     "scale of doubles": ("scale", torch.ones(17, dtype=torch.float64), "scale must be float32"),
-    "sums of other length": ("weight_sum", torch.zeros(16, dtype=torch.int32), "weight_sum"),
+    "sums of other length": ("zero_sum", torch.zeros(16, dtype=torch.int32), "zero_sum"),
     "bias of other length": ("bias", torch.zeros(3), "bias"),
-    "no input scale": ("input_scale", torch.zeros(0), "one entry"),
-    "negative input scale": ("input_scale", torch.tensor([-1.0]), "input_scale is -1"),
-    "NaN input scale": ("input_scale", torch.tensor([float("nan")]), "input_scale is"),
-    "zero point out of range": ("input_zero_point", 256, "256"),
+    "no input inverse": ("input_inverse", torch.zeros(0), "1 or 8 entries, got 0"),
+    "input inverses of other length": ("input_inverse", torch.ones(7), "1 or 8 entries, got 7"),
+    "negative input inverse": ("input_inverse", torch.tensor([-1.0]), "input_inverse must be positive"),
+    "NaN input inverse": ("input_inverse", torch.tensor([float("nan")]), "input_inverse must be positive"),
+    "input inverse without zero point": ("input_zero_point", None, "together"),
+    "zero point out of range": ("input_zero_point", torch.tensor([256], dtype=torch.int32), "0..255"),
+    "zero points of other length": ("input_zero_point", torch.zeros(8, dtype=torch.int32), "input_zero_point"),
+    "zero point of other type": ("input_zero_point", torch.zeros(1), "input_zero_point must be int32"),
     "kernel with one entry": ("kernel_size", [3], "kernel_size must have 2"),
     "kernel of zero": ("kernel_size", [0, 3], "kernel_size holds 0"),
     "stride of zero": ("stride", [1, 0], "stride holds 0"),
@@ -50,10 +54,13 @@ def test_wrong_argument_is_an_error(what: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("zero_point", [None, 7])
 @pytest.mark.parametrize("shape", ["square", "depthwise", "pointwise"])
-def test_non_finite_value_is_named(shape: str, zero_point: int | None, value: float, tier: str) -> None:
-    case = replace(SHAPES[shape], zero_point=zero_point)
+def test_non_finite_value_is_named(
+    shape: str, zero_point: int | None, per_channel: bool, value: float, tier: str
+) -> None:
+    case = replace(SHAPES[shape], zero_point=zero_point, per_channel=per_channel)
     x = case.x()
     x[1, 3, 2, 5] = value
     x[1, 4, 0, 0] = value

@@ -100,10 +100,11 @@ def _dynamic_codes(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round((values * inverse).clamp(-127, 127)), torch.where(zero, 1.0, absmax / 127.0)
 
 
-def _static_codes(values: Tensor, input_scale: Tensor, zero_point: int) -> tuple[Tensor, Tensor]:
-    """Codes minus the zero point with one scale for all."""
-    scaled = values * (1.0 / input_scale.reshape(1, 1, 1, 1))
-    return torch.round(scaled.clamp(-zero_point, 255 - zero_point)), input_scale.reshape(1, 1, 1, 1)
+def _static_codes(values: Tensor, input_inverse: Tensor, input_zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes minus the zero point with ranges for all samples; the scale is in the weights, so it is 1 here."""
+    zero = input_zero_point.reshape(1, -1, 1, 1).float()
+    scaled = values * input_inverse.reshape(1, -1, 1, 1)
+    return torch.round(torch.minimum(torch.maximum(scaled, -zero), 255 - zero)), values.new_ones(1, 1, 1, 1)
 
 
 def _spread(codes: Tensor, upsample: Sequence[int], padding: Sequence[int], output_padding: Sequence[int]) -> Tensor:
@@ -121,10 +122,10 @@ def conv2d_int8(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    weight_sum: Tensor,
+    zero_sum: Tensor,
     bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: int,
+    input_inverse: Tensor | None,
+    input_zero_point: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -139,11 +140,14 @@ def conv2d_int8(
     Args:
         x:                [B, C, H, W] float32, bfloat16 or float16, finite.
         packed:           what conv2d_int8_pack returned.
-        scale:            [O] float32, weight units per code step.
-        weight_sum:       [O] int32, the sum of each output channel's weights.
+        scale:            [O] float32, weight units per code step. Static: times the input scale, unless every channel
+            has its own and the caller has folded those into the weight.
+        zero_sum:         [O] int32, what the codes of 0.0 add up to: the sum over all weights of the output channel of
+            weight * input_zero_point[its input channel]. Dynamic: 128 * the sum of the weights.
         bias:             [O] float, or None.
-        input_scale:      [1] float32: uint8 codes with this step; None: symmetric int8 per sample, absmax / 127.
-        input_zero_point: 0..255, the uint8 code of 0.0; ignored when input_scale is None.
+        input_inverse:    [1] or [C] float32 > 0, static: uint8 codes, this many steps per activation unit (1 / input
+            scale in float32). None, dynamic: symmetric int8 per sample, absmax / 127.
+        input_zero_point: as long as input_inverse, int32 in 0..255, the uint8 code of 0.0; None with it.
         kernel_size:      (kh, kw).
         stride:           (y, x).
         padding:          (top, left, bottom, right) >= 0, in positions after upsampling; the value is 0.0.
@@ -155,7 +159,8 @@ def conv2d_int8(
         channels_last:    memory format of the result.
 
     Returns:
-        y: [B, O, H', W'] in x's dtype: float(integer sum) * (input scale * scale) + bias.
+        y: [B, O, H', W'] in x's dtype: float(integer sum) * (sample scale * scale) + bias; the integer sum is that of
+            (code - zero point) * weight, the sample scale of a static call 1.
 
     Raises:
         RuntimeError: x holds a NaN or an infinity, or the sizes do not fit together.
@@ -164,10 +169,10 @@ def conv2d_int8(
     _check_finite(values)
     outputs, inputs = scale.shape[0], x.shape[1] // groups
     weight = conv2d_int8_unpack(packed, outputs, inputs, kernel_size, groups).reshape(outputs, inputs, *kernel_size)
-    if input_scale is None:
+    if input_inverse is None or input_zero_point is None:
         codes, step = _dynamic_codes(values)
     else:
-        codes, step = _static_codes(values, input_scale, input_zero_point)
+        codes, step = _static_codes(values, input_inverse, input_zero_point)
     codes = _spread(codes, upsample, padding, output_padding).double()
     sums = F.conv2d(codes, weight.double(), None, stride=stride, dilation=dilation, groups=groups)
     result = sums.to(torch.int32).float() * (step * scale[None, :, None, None])
@@ -181,33 +186,34 @@ def conv2d_int8_planned(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    weight_sum: Tensor,
+    zero_sum: Tensor,
     bias: Tensor | None,
-    input_scale: Tensor | None,
+    input_inverse: Tensor | None,
+    input_zero_point: Tensor | None,
     plan: Sequence[int],
 ) -> Tensor:
     """conv2d_int8 with its integers in one list, because every list argument costs a call about 0.8 us.
 
     Args:
-        x:           as in conv2d_int8, and so on to input_scale.
-        packed:      see conv2d_int8.
-        scale:       see conv2d_int8.
-        weight_sum:  see conv2d_int8.
-        bias:        see conv2d_int8.
-        input_scale: see conv2d_int8.
-        plan:        what conv_plan returned.
+        x:                as in conv2d_int8, and so on to input_zero_point.
+        packed:           see conv2d_int8.
+        scale:            see conv2d_int8.
+        zero_sum:         see conv2d_int8.
+        bias:             see conv2d_int8.
+        input_inverse:    see conv2d_int8.
+        input_zero_point: see conv2d_int8.
+        plan:             what conv_plan returned.
 
     Returns:
         y: as conv2d_int8.
 
     Raises:
-        RuntimeError: as conv2d_int8, or the plan does not have 17 entries.
+        RuntimeError: as conv2d_int8, or the plan does not have 16 entries.
     """
-    return conv2d_int8(x, packed, scale, weight_sum, bias, input_scale, *_unfold_plan(plan))
+    return conv2d_int8(x, packed, scale, zero_sum, bias, input_inverse, input_zero_point, *_unfold_plan(plan))
 
 
 def conv_plan(
-    input_zero_point: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -219,26 +225,27 @@ def conv_plan(
 ) -> list[int]:
     """The integers of conv2d_int8, in its order, as the one list of conv2d_int8_planned."""
     lists = (*kernel_size, *stride, *padding, *dilation, groups, *upsample, *output_padding)
-    return [input_zero_point, *lists, int(channels_last)]
+    return [*lists, int(channels_last)]
 
 
 def _unfold_plan(plan: Sequence[int]) -> tuple[Any, ...]:
-    if len(plan) != 17:
-        raise RuntimeError(f"narrowcast.conv2d_int8_planned: plan must have 17 entries, got {len(plan)}")
+    if len(plan) != 16:
+        raise RuntimeError(f"narrowcast.conv2d_int8_planned: plan must have 16 entries, got {len(plan)}")
     p = list(plan)
-    return p[0], p[1:3], p[3:5], p[5:9], p[9:11], p[11], p[12:14], p[14:16], bool(p[16])
+    return p[0:2], p[2:4], p[4:8], p[8:10], p[10], p[11:13], p[13:15], bool(p[15])
 
 
 def _fake_planned(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    weight_sum: Tensor,
+    zero_sum: Tensor,
     bias: Tensor | None,
-    input_scale: Tensor | None,
+    input_inverse: Tensor | None,
+    input_zero_point: Tensor | None,
     plan: Sequence[int],
 ) -> Tensor:
-    return _fake_conv(x, packed, scale, weight_sum, bias, input_scale, *_unfold_plan(plan))
+    return _fake_conv(x, packed, scale, zero_sum, bias, input_inverse, input_zero_point, *_unfold_plan(plan))
 
 
 def _fake_pack(weight: Tensor, kernel_size: Sequence[int], groups: int) -> Tensor:
@@ -257,10 +264,10 @@ def _fake_conv(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    weight_sum: Tensor,
+    zero_sum: Tensor,
     bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: int,
+    input_inverse: Tensor | None,
+    input_zero_point: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -290,16 +297,16 @@ OPS = (
     ),
     Op(
         "conv2d_int8",
-        "(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, Tensor? bias, Tensor? input_scale,"
-        " int input_zero_point, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
+        "(Tensor x, Tensor packed, Tensor scale, Tensor zero_sum, Tensor? bias, Tensor? input_inverse,"
+        " Tensor? input_zero_point, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
         " int[] upsample, int[] output_padding, bool channels_last) -> Tensor",
         conv2d_int8,
         _fake_conv,
     ),
     Op(
         "conv2d_int8_planned",
-        "(Tensor x, Tensor packed, Tensor scale, Tensor weight_sum, Tensor? bias, Tensor? input_scale, int[] plan)"
-        " -> Tensor",
+        "(Tensor x, Tensor packed, Tensor scale, Tensor zero_sum, Tensor? bias, Tensor? input_inverse,"
+        " Tensor? input_zero_point, int[] plan) -> Tensor",
         conv2d_int8_planned,
         _fake_planned,
     ),
