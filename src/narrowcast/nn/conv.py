@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from narrowcast.core import QuantizedTensor, QuantSpec, pack
+from narrowcast.errors import DataError
 from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_conv import conv_plan
 from narrowcast.nn.activation import FLOAT, Activation
@@ -213,6 +214,8 @@ class QuantizedConv(QuantizedModule):
         unbatched = x.dim() == self.shape.dimensions + 1
         images = x.unsqueeze(0) if unbatched else x
         images = images.unsqueeze(-2) if self.shape.dimensions == 1 else images
+        if images.shape[1] != self.shape.in_channels:  # panels are padded, so the op cannot tell 3 channels from 4
+            raise DataError(f"convolution: the input has {images.shape[1]} channels, expected {self.shape.in_channels}")
         output_padding = self._output_padding(images, output_size)
         run = self._integer_forward if self._integer else self._float_forward
         y = run(self._padded(images), output_padding)
@@ -228,7 +231,11 @@ class QuantizedConv(QuantizedModule):
             + shape.dilation[i] * (shape.kernel[i] - 1) + 1
             for i in range(2)
         ]  # fmt: skip
-        return wanted[0] - smallest[0], wanted[1] - smallest[1]
+        missing = wanted[0] - smallest[0], wanted[1] - smallest[1]
+        if not all(0 <= missing[i] < shape.stride[i] for i in range(2)):
+            highest = [smallest[i] + shape.stride[i] - 1 for i in range(2)]
+            raise DataError(f"transposed convolution: output_size {wanted} is not between {smallest} and {highest}")
+        return missing
 
     def _padded(self, images: Tensor) -> Tensor:
         if self.shape.padding_mode == "zeros":
