@@ -64,6 +64,7 @@ def as_the_kernel_sees(x: Tensor, activation: Activation, channel_dim: int, *, g
 
 def close(got: Tensor, expected: Tensor, part: float = 1e-5) -> None:
     """Equal up to `part` of the largest magnitude: only the order of float additions may differ."""
+    got, expected = got.detach(), expected.detach()
     assert got.shape == expected.shape and got.dtype == expected.dtype
     bound = part * float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(got, expected, atol=bound, rtol=0)
