@@ -78,8 +78,7 @@ def relative_importance(seen: Seen | None, columns: int) -> Tensor | None:
         columns: inputs of the weight.
 
     Returns:
-        [columns] float32, at least 0.001; exactly 1.0 everywhere for uniform importance. None without importance
-        and when all of it is zero.
+        [columns] float32 with mean about 1, at least 0.001. None without importance and when it is uniform.
 
     Raises:
         DataError: the importance has the wrong shape, or a negative or not finite element.
@@ -96,7 +95,7 @@ def relative_importance(seen: Seen | None, columns: int) -> Tensor | None:
             f"importance of input channel {where} is {float(importance[where])}, expected a finite mean square >= 0; "
             "check the calibration data"
         )
-    mean = float(importance.mean()) if columns else 0.0
-    if mean == 0.0:
+    if columns == 0 or bool((importance == importance[0]).all()):
         return None
+    mean = float(importance.mean())
     return (importance / mean).clamp(min=_SMALLEST_IMPORTANCE).to(torch.float32)

@@ -37,10 +37,10 @@ from narrowcast.core import QuantSpec, block_range, choose_scale, round_scale
 
 # Elements per elementwise operation: the buffers of one evaluation stay in a 1 MB cache.
 _PIECE = 1 << 16
-# Ratios of the full range. Above 1: a slightly larger step can fit the codes better. On MiniLM and stories260K finer
-# grids or a lower end gain less than 0.1 % of the error at 4 bits; a coarser one (10 ratios) loses 0.5 % and more.
-_SYMMETRIC_RATIOS = tuple(1.04 - 0.016 * step for step in range(41))
-_ASYMMETRIC_RATIOS = tuple(1.04 - 0.027 * step for step in range(21))
+# Ratios of the full range. Above 1 too: a wider step with another zero point often fits a group of 32 better (measured
+# on MiniLM at int4: 0.9 % less error, 2 % weighted). Finer or longer grids gain less than 0.2 % more.
+_SYMMETRIC_RATIOS = tuple(1.296 - 0.016 * step for step in range(57))
+_ASYMMETRIC_RATIOS = tuple(1.2 - 0.027 * step for step in range(27))
 # Where between "keeps the low end" and "keeps the high end"; 5 positions gain less than 0.02 % over 3.
 _ZERO_POINTS = (0.0, 0.5, 1.0)
 _LARGEST_SCALE = {"fp16": 65504.0, "e8m0": 2.0**127}
@@ -106,7 +106,7 @@ class Blocks:
         return torch.where(torch.isfinite(scale) & (scale > 0), scale, start.scale)
 
     def _steps(self, values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """value / scale after quantization: code - zero_point, in a new tensor."""
+        """Quotient value / scale after quantization: code - zero_point, in a new tensor."""
         scaled = values / scale
         if self.spec.format.kind != "int":
             return self.spec.format.decode(self.spec.format.encode(scaled))
@@ -116,10 +116,8 @@ class Blocks:
 
     def _pieces(self) -> list[tuple[Tensor, Tensor | None]]:
         length = max(1, _PIECE // self.values.shape[1])
-        values = self.values.split(length)
-        if self.importance is None:
-            return [(piece, None) for piece in values]
-        return list(zip(values, self.importance.split(length), strict=True))
+        cuts = [slice(start, start + length) for start in range(0, self.values.shape[0], length)]
+        return [(self.values[cut], None if self.importance is None else self.importance[cut]) for cut in cuts]
 
 
 def tree_sum(terms: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ Source:
     bins belong to the code that the quantizer rounds them to, for any number of bins (TensorRT cuts equal runs and
     gives the remainder to the last code); the range may be asymmetric, and then its ends are searched in turn until
     neither moves; exact zeros are left out, because 0 is a code in every range (after a ReLU they would hide all
-    else); the divergence of all candidates comes from cumulative sums at once.
+    else); a code that stands for clipped values only counts as one value (Q is 0 there, which makes the divergence
+    infinite and the search blind in sparse tails); the divergence of all candidates comes from cumulative sums at once.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def divergence(bins: Bins, first: Tensor, end: Tensor, levels: int) -> Tensor:
         levels: how many codes cover the range.
 
     Returns:
-        [ranges] float64 >= 0; inf where a code stands for clipped values only.
+        [ranges] float64 >= 0.
     """
     counts = bins.counts
     mass = _cumulative(counts)
@@ -121,10 +122,9 @@ def divergence(bins: Bins, first: Tensor, end: Tensor, levels: int) -> Tensor:
         clipped[row, code] += beyond
         bins_of_code[row, code] += ((counts[edge] == 0) & (beyond > 0)).to(torch.float64)
         entropy = entropy + _x_log_x(counts[edge] + beyond) - _x_log_x(counts[edge])
-    per_bin = torch.where(clipped > 0, inside / bins_of_code, 1.0).log()
-    cross = torch.where(clipped > 0, clipped * per_bin, 0.0).sum(1)
-    total, kept = mass[-1], mass[end] - mass[first]
-    return (entropy - cross) / total + (kept / total).log()
+    inside = torch.where(clipped > 0, inside.clamp(min=1.0), inside)
+    cross = torch.special.xlogy(clipped, torch.where(clipped > 0, inside / bins_of_code, 1.0)).sum(1)
+    return (entropy - cross) / mass[-1] + (inside.sum(1) / mass[-1]).log()
 
 
 def _cumulative(values: Tensor) -> Tensor:

@@ -62,7 +62,10 @@ def _search(bins: Bins, levels: int) -> tuple[float, float]:
         if spacing is None:
             break
         around = 1.0 + spacing * torch.arange(-4, 5, dtype=torch.float64)
-        lows, highs = ((ratio * around).clamp(max=1.0) if bound else one for ratio, bound in zip(best, (bins.low, bins.high), strict=True))
+        lows, highs = (
+            (ratio * around).clamp(max=1.0) if bound else one
+            for ratio, bound in zip(best, (bins.low, bins.high), strict=True)
+        )
     return bins.low * best[0], bins.high * best[1]
 
 
