@@ -147,9 +147,9 @@ enum Plan : int {
 };
 
 void check_plan(const int64_t* plan, const char* op) {
-  constexpr const char* names[] = {"kernel_size", "kernel_size", "stride",   "stride",         "padding",       "padding",
-                                   "padding",     "padding",     "dilation", "dilation",       "groups",        "upsample",
-                                   "upsample",    "output_padding", "output_padding"};
+  constexpr const char* names[] = {
+      "kernel_size", "kernel_size", "stride",   "stride", "padding",  "padding",        "padding",       "padding",
+      "dilation",    "dilation",    "groups",   "upsample", "upsample", "output_padding", "output_padding"};
   for (int i = kKernelH; i < kChannelsLast; ++i) {
     const bool may_be_zero = (i >= kTop && i <= kRight) || i == kMoreH || i == kMoreW;
     NARROWCAST_CHECK(plan[i] >= (may_be_zero ? 0 : 1) && plan[i] < (1 << 20), op, names[i - kKernelH], " holds ",

@@ -50,7 +50,8 @@ void quantize(Block& block, int64_t row, int64_t pixels, int64_t spread, uint8_t
   block.seen = std::max(block.seen, seen);
 }
 
-void fill_rows(Block& block, int64_t first, int64_t count) {
+// Rows of padding stay as they are from one sample to the next: they are written when `fresh`.
+void fill_rows(Block& block, int64_t first, int64_t count, bool fresh) {
   const ConvShape& s = block.call.shape;
   const int64_t pixels = 4 * block.layout.words, used = std::min(s.width, ceil_div(pixels - s.left, s.up_w));
   const int64_t begin = std::max<int64_t>(first - s.top, 0), end = std::min(first - s.top + count, s.height);
@@ -61,7 +62,9 @@ void fill_rows(Block& block, int64_t first, int64_t count) {
     uint8_t* words = block.words + i * pixels * kLane;
     const int64_t up_row = first + i - s.top, row = up_row / s.up_h;
     if (up_row < 0 || row >= s.height || up_row % s.up_h != 0) {
-      for (int64_t word = 0; word < block.layout.words; ++word) std::memcpy(words + 64 * word, block.zero_word, 64);
+      for (int64_t word = 0; fresh && word < block.layout.words; ++word) {
+        std::memcpy(words + 64 * word, block.zero_word, 64);
+      }
       continue;
     }
     if (together) {
@@ -127,16 +130,20 @@ uint32_t depthwise_task(const ConvCall& call, const ConvPlan& plan, int64_t inde
   scratch += layout.phases * s.kernel_h * layout.span * 64;
   uint32_t seen = 0;
   const int64_t end = units * (unit_part + 1) / plan.channel_tasks;
-  for (int64_t unit = units * unit_part / plan.channel_tasks; unit < end; ++unit) {
-    const int64_t channel = unit % blocks * kLane;
-    Block block{call, layout, unit / blocks, channel, std::min<int64_t>(kLane, s.channels - channel),
+  for (int64_t unit = units * unit_part / plan.channel_tasks; unit < end;) {
+    const int64_t block_index = unit / s.batch, channel = block_index * kLane;
+    Block block{call, layout, unit % s.batch, channel, std::min<int64_t>(kLane, s.channels - channel),
                 scratch + row_bytes, scratch, scratch + (rows + 1) * row_bytes};
     block.write_padding();
-    fill_rows(block, row_begin * s.stride_h, rows);
     const int8_t* taps = call.packed + channel * s.kernel_h * s.kernel_w;
     call.kernels->depthwise_weights(taps, static_cast<int>(s.kernel_w), static_cast<int>(s.dilation_w),
                                     static_cast<int>(s.stride_w), row, weights);
-    compute_rows(block, row, row_begin, row_end);
+    // All samples of a block follow each other: its weights and padding serve them all.
+    for (bool fresh = true; unit < end && unit / s.batch == block_index; ++unit, fresh = false) {
+      block.sample = unit % s.batch;
+      fill_rows(block, row_begin * s.stride_h, rows, fresh);
+      compute_rows(block, row, row_begin, row_end);
+    }
     seen = std::max(seen, block.seen);
   }
   return seen;

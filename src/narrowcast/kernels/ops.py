@@ -17,8 +17,7 @@ from narrowcast.kernels.op import TIERS, Op
 NAMESPACE = "narrowcast"
 
 OPS: dict[str, Op] = {
-    op.name: op
-    for op in (*reference.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
+    op.name: op for op in (*reference.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
 }
 """Every operator by name."""
 
