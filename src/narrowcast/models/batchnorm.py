@@ -7,6 +7,7 @@ neighbourhood in an `nn.Sequential`. Where none holds, the BatchNorm stays and t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,19 +57,21 @@ def find_pairs(model: nn.Module, run: Callable[[], Any] | None) -> FoldReport:
     for path in [p for p, m in waiting.items() if m.running_mean is None or m.running_var is None]:
         report.kept[path] = "it has no running statistics, so it depends on the batch"
         del waiting[path]
-    sources: list[tuple[str, Callable[[], dict[str, str]]]] = []
+    decided: set[str] = set()
     if run is not None:
-        sources.append(("a forward pass", lambda: _pairs_in_a_pass(model, run)))
+        sources = {"a forward pass": _pairs_in_a_pass(model, run)}
     else:
-        sources.append(("a symbolic trace", lambda: _pairs_by_tracing(model, waiting)))
-        sources.append(("neighbours in a Sequential", lambda: _pairs_in_sequentials(model)))
-    for evidence, find in sources:
-        for norm, convolution in find().items():
+        traced, decided = _pairs_by_tracing(model, waiting)
+        neighbours = {norm: conv for norm, conv in _pairs_in_sequentials(model).items() if norm not in decided}
+        sources = {"a symbolic trace": traced, "neighbours in a Sequential": neighbours}
+    for evidence, found in sources.items():
+        for norm, convolution in found.items():
             if norm in waiting and convolution not in report.folded.values():
                 _decide(model, norm, convolution, evidence, report)
                 del waiting[norm]
     for path in waiting:
-        report.kept[path] = _why_not_found(run is not None) if has_convolutions else "the model has no convolution"
+        known = "the forward pass" if run is not None else "the symbolic trace" if path in decided else ""
+        report.kept[path] = _why_not_found(known) if has_convolutions else "the model has no convolution"
     return report
 
 
@@ -87,9 +90,9 @@ def _users(model: nn.Module, weight: Any) -> int:
     return sum(1 for m in model.modules() for p in m._parameters.values() if p is weight)
 
 
-def _why_not_found(had_data: bool) -> str:
-    if had_data:
-        return "in the forward pass no convolution fed it alone: another operation lies between or uses the same tensor"
+def _why_not_found(known: str) -> str:
+    if known:
+        return f"in {known} no convolution fed it alone: another operation lies between or uses the same tensor"
     return "without data its convolution could not be established (the block is not traceable); give data to find it"
 
 
@@ -185,16 +188,21 @@ def _pairs_in_a_pass(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]
     return pairs
 
 
-def _pairs_by_tracing(model: nn.Module, waiting: dict[str, Any]) -> dict[str, str]:
-    """Pairs in a symbolic trace of the whole model, or where that fails of each block around a BatchNorm."""
+def _pairs_by_tracing(model: nn.Module, waiting: dict[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """Pairs in a symbolic trace of the whole model, or where that fails of each block around a BatchNorm.
+
+    The second result are the BatchNorms that a trace has seen: of these it knows also that they have no pair.
+    """
     whole = _traced_pairs(model, "")
     if whole is not None:
-        return whole
+        return whole, set(waiting)
     pairs: dict[str, str] = {}
+    decided: set[str] = set()
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in waiting):
         if parent and (found := _traced_pairs(get_module(model, parent), parent + ".")) is not None:
             pairs |= found
-    return pairs
+            decided |= {path for path in waiting if path.startswith(parent + ".")}
+    return pairs, decided
 
 
 def _traced_pairs(block: nn.Module, prefix: str) -> dict[str, str] | None:
@@ -218,12 +226,16 @@ def _traced_pairs(block: nn.Module, prefix: str) -> dict[str, str] | None:
 
 
 def _pairs_in_sequentials(model: nn.Module) -> dict[str, str]:
+    """Neighbours that stand nowhere else: a module that stands twice is called twice."""
     names = {id(module): path for path, module in model.named_modules()}
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     pairs = {}
     for module in model.modules():
         if type(module) is nn.Sequential:
             children = list(module)
             for before, after in zip(children, children[1:], strict=False):
-                if isinstance(before, _CONVOLUTIONS) and isinstance(after, _BATCHNORMS):
+                if not isinstance(before, _CONVOLUTIONS) or not isinstance(after, _BATCHNORMS):
+                    continue
+                if places[id(before)] == places[id(after)] == 1:
                     pairs[names[id(after)]] = names[id(before)]
     return pairs
