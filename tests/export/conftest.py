@@ -50,7 +50,7 @@ def quantize_all(
             records.setdefault(site.path, {})[site.parameter] = record
     treatment = FLOAT if activation is None else Activation(activation_spec(activation))
     for path, weights in records.items():
-        adapter.install(path, weights, treatment)
+        adapter.install(path, adapter.build(path, weights, treatment))
     adapter.detach_()
     return Quantized(adapter.model, Record(layers=[], sqnr_db=float("inf")), Record(rules=[{"weight": spec}]))
 

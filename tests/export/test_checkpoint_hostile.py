@@ -21,6 +21,7 @@ from torch import nn
 from narrowcast.errors import CheckpointError
 from narrowcast.export import checkpoint_schema, load, read_description, save
 from narrowcast.export.checkpoint_schema import seal
+from narrowcast.nn import FLOAT
 
 Quantizer = Callable[..., Any]
 
@@ -237,7 +238,7 @@ def forge(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
 LINEAR = {
     "spec": "int8/channel",
     "shape": [5, 6],
-    "activation": {"spec": None, "scale": None, "zero_point": 0},
+    "activation": FLOAT.to_dict(),
     "bias": True,
 }
 
