@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -232,8 +233,7 @@ def _pairs_in_sequentials(model: nn.Module) -> dict[str, str]:
     pairs = {}
     for module in model.modules():
         if type(module) is nn.Sequential:
-            children = list(module)
-            for before, after in zip(children, children[1:], strict=False):
+            for before, after in pairwise(module):
                 if not isinstance(before, _CONVOLUTIONS) or not isinstance(after, _BATCHNORMS):
                     continue
                 if places[id(before)] == places[id(after)] == 1:
