@@ -18,7 +18,7 @@ from narrowcast.models.modules import get_module, paths_of, replace_everywhere_
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
-_SAMPLE_ELEMENTS = 1 << 21
+_SAMPLE_ELEMENTS = 1 << 20
 
 
 class TorchModel(ModelAdapter):

@@ -101,14 +101,13 @@ class QuantizedModule(InstalledModule):
         assert record.scale is not None
         codes = record.codes
         scale = record.scale.expand(codes.shape[0], 1).reshape(-1)
-        terms = {"kernel_codes": codes, "kernel_sum": codes.sum(1, dtype=torch.int32)}
+        terms = {"kernel_codes": codes, "kernel_sum": row_sums(codes)}
         if self.input_scale is not None:
             zero = self.input_zero_point.to(torch.int32)
             scale = scale * self.input_scale.max()
             terms["kernel_zero_sum"] = terms["kernel_sum"] * zero[0]
             if zero.numel() > 1:
-                spread = spread_channels(zero, record.shape, groups)
-                terms["kernel_zero_sum"] = (codes.to(torch.int32) * spread).sum(1, dtype=torch.int32)
+                terms["kernel_zero_sum"] = row_sums(codes, spread_channels(zero, record.shape, groups))
             terms["kernel_input_inverse"] = 1.0 / self.input_scale
             terms["kernel_input_zero"] = zero
         return terms | {"kernel_scale": scale.contiguous()}
@@ -246,3 +245,22 @@ class StoredWeight:
         if isinstance(granularity, PerGroup):
             return self.group % 32 == 0 or self.group == self.shape[1]
         return isinstance(granularity, PerChannel)
+
+
+def row_sums(codes: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Sum over each row of codes, times their factors where given, [rows] int32.
+
+    In strips: torch widens what it sums, and four more bytes per weight all at once is a second copy of the model.
+
+    Args:
+        codes: [rows, columns] int8.
+        factors: [1 or rows, columns] int32.
+    """
+    height = max(1, (1 << 16) // max(codes.shape[1], 1))
+    sums = []
+    for start in range(0, codes.shape[0], height):
+        strip = codes[start : start + height]
+        if factors is not None:
+            strip = strip.to(torch.int32) * (factors if factors.shape[0] == 1 else factors[start : start + height])
+        sums.append(strip.sum(1, dtype=torch.int32))
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int32)

@@ -18,7 +18,7 @@ from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.errors import ModelError
 from narrowcast.kernels import kernel_name
 from narrowcast.nn.activation import FLOAT, Activation
-from narrowcast.nn.base import QuantizedModule
+from narrowcast.nn.base import QuantizedModule, row_sums
 from narrowcast.nn.linear import is_int8_per_channel
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -130,7 +130,7 @@ class QuantizedRecurrent(QuantizedModule):
             derived = {
                 f"kernel_{name}": record.codes,
                 f"kernel_scale_{name}": record.scale.expand(record.shape[0], 1).reshape(-1).contiguous(),
-                f"kernel_sum_{name}": record.codes.sum(1, dtype=torch.int32),
+                f"kernel_sum_{name}": row_sums(record.codes),
             }
             for key, tensor in derived.items():
                 self.register_buffer(key, tensor, persistent=False)

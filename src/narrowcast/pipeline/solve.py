@@ -19,7 +19,7 @@ from narrowcast.pipeline.judge import Verdict, first_tensor, judge_module
 from narrowcast.plan import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
-from narrowcast.transforms import bias_correction, fold_input_scales
+from narrowcast.transforms import ChannelError, fold_input_scales
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,11 @@ def _correct_bias_(
     module: QuantizedModule, expected: Tensor, got: Tensor, channel_dim: int | None
 ) -> tuple[float, bool]:
     """Correct the module's bias where it has one; returns the squared error that is left, and whether it was done."""
-    error = expected.double() - got.double()
-    correction = None if channel_dim is None else bias_correction(expected, got, channel_dim)
-    if correction is None or channel_dim is None:
-        return float(error.square().sum()), False
-    module.bias = correction if module.bias is None else module.bias + correction
-    error = error.movedim(channel_dim, -1) - correction.double()
-    return float(error.square().sum()), True
+    error = ChannelError.of(expected, got, -1 if channel_dim is None else channel_dim)
+    correction = None if channel_dim is None else error.correction()
+    if correction is not None:
+        module.bias = correction if module.bias is None else module.bias + correction
+    return error.total(correction), correction is not None
 
 
 def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> _Solved:

@@ -1,7 +1,7 @@
 """Rewrites of weights and biases that make a layer easier to quantize, or mend it after. Sees tensors, never models."""
 
-from narrowcast.transforms.bias_correction import bias_correction
+from narrowcast.transforms.bias_correction import ChannelError
 from narrowcast.transforms.fold_batchnorm import BatchNormStatistics, fold_batchnorm
 from narrowcast.transforms.input_scales import channel_scales, fold_input_scales
 
-__all__ = ["BatchNormStatistics", "bias_correction", "channel_scales", "fold_batchnorm", "fold_input_scales"]
+__all__ = ["BatchNormStatistics", "ChannelError", "channel_scales", "fold_batchnorm", "fold_input_scales"]

@@ -8,28 +8,47 @@ Source:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 # Below this many positions the mean of an error says more of the sample than of the layer.
 SMALLEST_SAMPLE = 64
 
 
-def bias_correction(expected: Tensor, got: Tensor, channel_dim: int) -> Tensor | None:
-    """What to add to the bias.
+@dataclass(frozen=True)
+class ChannelError:
+    """The error of a layer's output on a sample, per output channel.
 
     Args:
-        expected: the float layer's output.
-        got: the quantized layer's output on the same input, same shape.
-        channel_dim: the dimension of the output channels.
-
-    Returns:
-        [channels] float32; None where the sample is too small.
+        positions: outputs per channel in the sample.
+        mean:      [channels] mean of expected - got.
+        square:    [channels] mean of its square.
     """
-    error = (expected.double() - got.double()).movedim(channel_dim, -1)
-    rows = error.reshape(-1, error.shape[-1])
-    if rows.shape[0] < SMALLEST_SAMPLE:
-        return None
-    mean = rows.mean(0)
-    uncertainty = rows.var(0) / rows.shape[0]
-    shrink = (1 - uncertainty / mean.square().clamp(min=1e-300)).clamp(min=0)
-    return (mean * shrink).float()
+
+    positions: int
+    mean: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, expected: Tensor, got: Tensor, channel_dim: int) -> ChannelError:
+        """The error between two outputs of the same shape, channels at `channel_dim`."""
+        error = expected.float() - got.float()
+        dims = [dim for dim in range(error.dim()) if dim != channel_dim % error.dim()]
+        positions = error.numel() // max(error.shape[channel_dim], 1)
+        return cls(positions, error.mean(dims), error.square().mean(dims))
+
+    def correction(self) -> Tensor | None:
+        """What to add to the bias, [channels] float32; None where the sample is too small."""
+        if self.positions < SMALLEST_SAMPLE:
+            return None
+        uncertainty = (self.square - self.mean.square()).clamp(min=0) / self.positions
+        shrink = 1 - uncertainty / self.mean.square().clamp(min=torch.finfo(torch.float32).tiny)
+        return self.mean * shrink.clamp(min=0)
+
+    def total(self, correction: Tensor | None) -> float:
+        """Sum over channels of the mean square error that is left with a correction."""
+        if correction is None:
+            return float(self.square.sum())
+        return float((self.square - 2 * correction * self.mean + correction.square()).sum())
