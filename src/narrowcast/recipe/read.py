@@ -59,7 +59,7 @@ def _from_file(path: Path) -> Recipe:
         raise RecipeError(f"recipe file {path} is not text in UTF-8") from None
     try:
         document = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         raise RecipeError(f"recipe file {path}: {error}") from None
     recipe = Recipe.from_dict(document, str(path))
     return recipe if recipe.name else replace(recipe, name=path.stem)

@@ -102,12 +102,10 @@ class Rule:
         _refuse_unknown(values, _RULE_KEYS, where)
         if ("weight" in values) == ("keep" in values):
             raise RecipeError(f"{where}: needs exactly one of 'weight' (a format) and 'keep' (a reason)")
-        layers = values.get("layers", ())
-        layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        layers = _patterns(values, where)
         texts = {"type": "", "role": "", "keep": ""} | {k: values[k] for k in ("type", "role", "keep") if k in values}
         for key, value in {**texts, **{f"layers[{i}]": text for i, text in enumerate(layers)}}.items():
-            if not isinstance(value, str):
-                raise RecipeError(f"{where}: {key} is a text, got {value!r}")
+            _check_text(key, value, where)
         if texts["role"] not in ("", "embedding", "head"):
             raise RecipeError(f"{where}: role {texts['role']!r} is not known; use 'embedding' or 'head'")
         if not isinstance(values.get("optional", False), bool):
@@ -172,8 +170,9 @@ class Recipe:
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
+        _check_text("name", values.get("name", ""), where)
         made = tuple(Rule.from_dict(rule, f"{where}: rule {index + 1}") for index, rule in enumerate(rules))
-        return cls(made, str(values.get("name", "")), **switches)
+        return cls(made, values.get("name", ""), **switches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
@@ -186,6 +185,21 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: st
     for key in values:
         if key not in known:
             raise RecipeError(f"{where}: key {key!r} is not known; use {', '.join(known)}")
+
+
+def _check_text(key: str, value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise RecipeError(f"{where}: {key} is a text, got {value!r}")
+
+
+def _patterns(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+    if "layers" not in values:
+        return ()
+    layers = values["layers"]
+    layers = [layers] if isinstance(layers, str) else layers
+    if not isinstance(layers, list | tuple) or not layers:
+        raise RecipeError(f"{where}: layers is a pattern or a list of patterns, got {layers!r}; '*' is every layer")
+    return tuple(layers)
 
 
 def _weight_spec(text: Any, where: str) -> QuantSpec:
@@ -216,4 +230,4 @@ def _method(values: Any, where: str) -> dict[str, Any]:
         make_method(values)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
-    return dict(values)
+    return {name: dict(options) for name, options in values.items()}
