@@ -7,6 +7,8 @@
     nc.save(quantized, "model-int8")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from narrowcast import kernels
 from narrowcast.errors import (
     CheckpointError,
@@ -18,12 +20,14 @@ from narrowcast.errors import (
     NarrowcastError,
     RecipeError,
 )
-from narrowcast.evaluate import Comparison, compare
 from narrowcast.export import load, save
 from narrowcast.pipeline import Quantized, quantize
 from narrowcast.plan import Plan, plan
 from narrowcast.recipe import Recipe, Rule
 from narrowcast.report import Report
+
+if TYPE_CHECKING:
+    from narrowcast.evaluate import Comparison, compare
 
 __version__ = "0.1.0"
 
@@ -50,3 +54,12 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`compare` brings SciPy's statistics, which take longer to import than a checkpoint takes to load: on first use."""
+    if name in ("compare", "Comparison"):
+        from narrowcast import evaluate
+
+        return getattr(evaluate, name)
+    raise AttributeError(f"module 'narrowcast' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from torch import nn
 
 from narrowcast.core import sqnr_db
 from narrowcast.errors import ContractError, DataError, ModelError
+from narrowcast.export.checkpoint_tensors import source_hash
 from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
@@ -38,11 +39,13 @@ class Quantized:
         model: the quantized module; call it like the float one.
         report: what became of every weight.
         recipe: the recipe that was followed.
+        source_sha256: hash of the float model's tensors, which says what this was made from.
     """
 
     model: nn.Module
     report: Report
     recipe: Recipe
+    source_sha256: str = ""
 
 
 def quantize(
@@ -80,10 +83,11 @@ def quantize(
         raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
     loaded = load_recipe(recipe)
     adapter = TorchModel(model, inplace=inplace)
-    source = rewindable(data)
+    batches = rewindable(data)
     before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
     _check_weights(adapter)
-    probe = None if data is None else first_batch(source, adapter)
+    source = source_hash(model)
+    probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds)
     _check_has_data(plan, data)
@@ -91,7 +95,7 @@ def quantize(
     calibration = Calibration()
     if data is not None:
         with progress_steps("calibrating", 1, enabled=progress) as step:
-            calibration = calibrate(adapter, plan, source)
+            calibration = calibrate(adapter, plan, batches)
             step("")
         notes += calibration.observation.notes
     outcomes = solve(adapter, plan, calibration, progress=progress)
@@ -105,7 +109,7 @@ def quantize(
     )  # fmt: skip
     report = Report(loaded.name, type(model).__name__, outcomes, totals, notes)
     _check_contract(plan, report, strict=strict, min_coverage=min_coverage)
-    return Quantized(adapter.model, report, loaded)
+    return Quantized(adapter.model, report, loaded, source)
 
 
 def _check_weights(adapter: TorchModel) -> None:
