@@ -29,16 +29,24 @@ FLOORS = (
     {"models"},
     {"recipe"},
     {"plan", "pipeline", "qat", "tune", "evaluate", "verify", "export"},
+    {"demo"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The jobs call one another (tuning runs the pipeline, which follows a plan), in one direction: see the test for cycles.
-JOBS = FLOORS[-2]
+JOBS = FLOORS[-3]
 
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 HUGGING_FACE = {"transformers", "tokenizers"}
 # Where a Hugging Face directory or its tokenizer is opened; besides, the demo.
-OPENS_HUGGING_FACE = {"cli/sources.py", "data/texts.py", "export/checkpoint_huggingface.py", "models/huggingface.py"}
+OPENS_HUGGING_FACE = {
+    "cli/sources.py",
+    "cli/text_files.py",
+    "data/texts.py",
+    "demo/encoder.py",
+    "evaluate/sources.py",
+    "export/checkpoint_huggingface.py",
+}
 FUNCTION_LINES = 45
 FILE_LINES = 400
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError")
@@ -102,7 +110,7 @@ def test_a_module_imports_only_from_lower_floors_or_its_own_room(path: Path) -> 
     wrong = []
     for line, other in imported_rooms(path):
         below = other in FLOOR_OF and FLOOR_OF[other] < FLOOR_OF[room]
-        at_the_top = other == "" and room in FLOORS[-1]
+        at_the_top = other == "" and room in FLOORS[-1] | FLOORS[-2]
         if not (below or at_the_top or other == room or {room, other} <= JOBS):
             wrong.append(f"line {line}: {room} imports {other or 'the package itself'}")
     assert not wrong, "\n".join(wrong)

@@ -7,6 +7,8 @@
     nc.save(quantized, "model-int8")
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 from narrowcast import kernels

@@ -6,7 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrowcast.transforms import bias_correction
+from narrowcast.transforms import ChannelError
+
+
+def bias_correction(expected: torch.Tensor, got: torch.Tensor, channel_dim: int) -> torch.Tensor | None:
+    return ChannelError.of(expected, got, channel_dim).correction()
+
 
 
 def outputs(rows: int, channels: int = 5) -> torch.Tensor:
