@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from narrowcast.core import QuantSpec
@@ -91,7 +92,7 @@ class Plan:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        table = Table(title=f"plan for {self.model}, recipe {self.recipe.name or 'unnamed'}", title_justify="left")
+        table = Table(title=Text(f"plan for {self.model}, recipe {self.recipe.name or 'unnamed'}"), title_justify="left")
         table.add_column("layer", overflow="fold")
         for name in ("shape", "weight", "input"):
             table.add_column(name)
@@ -104,7 +105,8 @@ class Plan:
             given = "" if row.weight is None else ("float" if row.input is None else str(row.input))
             why = "; ".join(part for part in (row.reason, row.kernel) if part)
             sizes = format_bytes(row.layer.bytes), format_bytes(row.bytes_after)
-            table.add_row(row.layer.name, shape, weight, given, f"{row.bits_per_weight:.2f}", *sizes, why)
+            cells = (row.layer.name, shape, weight, given, f"{row.bits_per_weight:.2f}", *sizes, why)
+            table.add_row(*map(Text, cells))
         buffer = io.StringIO()
         console = Console(file=buffer, width=160, force_terminal=False)
         console.print(table)

@@ -6,6 +6,7 @@ import io
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from narrowcast.report.data import LayerOutcome, Report, Totals
 
@@ -21,7 +22,8 @@ def format_bytes(count: float) -> str:
 
 def report_table(report: Report) -> Table:
     """One row per weight; float vectors that were kept for the same reason share a row."""
-    table = Table(title=f"{report.model}, recipe {report.recipe or 'unnamed'}", title_justify="left")
+    # Text everywhere: a plain string is markup to rich, which would swallow the "[avx2]" of a kernel's name
+    table = Table(title=Text(f"{report.model}, recipe {report.recipe or 'unnamed'}"), title_justify="left")
     table.add_column("layer", overflow="fold")
     for name in ("outcome", "weight", "input"):
         table.add_column(name)
@@ -33,11 +35,11 @@ def report_table(report: Report) -> Table:
         if row.type == "Parameter":
             grouped.setdefault(row.reason, []).append(row)
             continue
-        table.add_row(*_cells(row))
+        table.add_row(*map(Text, _cells(row)))
     for reason, rows in grouped.items():
         size = sum(row.bytes_after for row in rows)
         name = rows[0].layer if len(rows) == 1 else f"{rows[0].layer} and {len(rows) - 1} more"
-        table.add_row(name, "kept", "", "", "", format_bytes(size), "", "", "", reason)
+        table.add_row(Text(name), "kept", "", "", "", format_bytes(size), "", "", "", Text(reason))
     return table
 
 
