@@ -8,7 +8,7 @@ against 6.92 and 6.89 as published with llm-compressor), at a thousandth of thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,23 +65,34 @@ class Rtn:
         keep = self.range == "absmax" or (self.range == "auto" and importance is None and spec.format.bits >= 8)
         if keep or not spec.format.scaled or weight.numel() == 0:
             return quantize(weight, spec)
-        found = [
-            search_range(values, weights, spec, self.refinements)
-            for values, weights in _chunks(weight, spec, importance)
-        ]
+        found = _search(weight, spec, importance, self.refinements)
         scale = torch.cat([scale for scale, _ in found])
         zero_points = [zero_point for _, zero_point in found if zero_point is not None]
         return quantize(weight, spec, scale, torch.cat(zero_points) if zero_points else None)
 
 
-def _chunks(weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Runs of whole rows of blocks: values [block_rows, block_columns, elements] and their importance, or None."""
+def _search(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None, refinements: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Scale and zero point of every chunk, one chunk per thread.
+
+    Threads over chunks and not inside of operations: an operation on a chunk takes microseconds, and on a busy machine
+    waiting for its second half takes a scheduler's time slice (measured under load, 2 cores: 2.3 against 0.4 seconds).
+    """
     tall, _ = block_shape(spec.granularity, (weight.shape[0], weight.shape[1]))
     rows = max(1, _CHUNK // (tall * weight.shape[1])) * tall
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        # the last chunk may be lower than a block; filled up, its blocks are like all others
-        if missing := -part.shape[0] % tall:
-            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-        values = to_blocks(part, spec.granularity)
-        yield values, None if importance is None else to_blocks(importance.expand(part.shape), spec.granularity)
+
+    def search(start: int) -> tuple[Tensor, Tensor | None]:
+        return search_range(*_blocks(weight[start : start + rows], spec, importance, tall), spec, refinements)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(search, range(0, weight.shape[0], rows)))
+
+
+def _blocks(part: Tensor, spec: QuantSpec, importance: Tensor | None, tall: int) -> tuple[Tensor, Tensor | None]:
+    """Some rows of a weight as [block_rows, block_columns, elements], and their importance likewise or None."""
+    # the last rows may be fewer than a block is tall; filled up with zeros, their blocks are like all others
+    if missing := -part.shape[0] % tall:
+        part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+    values = to_blocks(part, spec.granularity)
+    return values, None if importance is None else to_blocks(importance.expand(part.shape), spec.granularity)

@@ -6,6 +6,10 @@ round to the same code share the mass that lies inside the range, evenly over th
 the least KL(P || Q) is taken. Clipping costs because P has the mass beyond the ends and Q has not; a wide range costs
 because its codes are coarse.
 
+It measures information, not error, and is not the default for a reason: where most values crowd near zero it clips
+the large ones that a network lives on. Static uint8 on MobileNetV1 keeps 0.9 dB at the output with it, 25.6 dB with
+`mse`; on SqueezeNet both keep 33.4 dB.
+
 Source:
     Migacz 2017, "8-bit inference with TensorRT", GTC 2017 S7310. Differs:
     bins belong to the code that the quantizer rounds them to, for any number of bins (TensorRT cuts equal runs and
