@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,16 +61,15 @@ def _run(output: Output, folder: Path) -> tuple[list[Row], list[str]]:
     return rows, missing
 
 
-def _follow(output: Output, subject: Subject, folder: Path) -> Iterable[Row]:
+def _follow(output: Output, subject: Subject, folder: Path) -> list[Row]:
     """The rows of one model, with a word before each preset."""
     from narrowcast.demo.story import tell
 
-    rows = []
+    rows: list[Row] = []
     story = tell(subject, folder)
-    for preset in ("float32", *subject.presets):
-        label = subject.presets[0] if preset == "float32" else preset
-        with output.working(f"{subject.name}: {label}: quantize, save, load, compare"):
-            rows.append(next(story))
+    for preset in subject.presets:
+        with output.working(f"{subject.name}, {preset}: quantize, save, load, compare"):
+            rows += next(story)
     return rows
 
 

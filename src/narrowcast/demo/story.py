@@ -120,8 +120,8 @@ def encoder_subject(directory: Path) -> Subject:
     )
 
 
-def tell(subject: Subject, folder: Path) -> Iterator[Row]:
-    """The rows of one model, each as soon as it is measured; the float32 row comes with the first comparison.
+def tell(subject: Subject, folder: Path) -> Iterator[list[Row]]:
+    """The rows of one model, preset after preset; the float32 row stands before that of the first.
 
     Args:
         subject: the model.
@@ -136,9 +136,8 @@ def tell(subject: Subject, folder: Path) -> Iterator[Row]:
             return nc.load(target, into=None if subject.into is None else subject.into())
 
         comparison = nc.compare(subject.model, load(), subject.evaluation, subject.metric, seconds=SECONDS, processes=0)
-        if index == 0:
-            yield _float_row(subject, comparison)
-        yield _row(subject, preset, comparison, target / "model.safetensors", _load_ms(load))
+        rows = [_float_row(subject, comparison)] if index == 0 else []
+        yield [*rows, _row(subject, preset, comparison, target / "model.safetensors", _load_ms(load))]
 
 
 def _load_ms(load: Callable[[], object]) -> float:
