@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -274,6 +275,36 @@ def test_a_sequential_that_is_only_a_container_is_no_evidence_against_a_trace() 
     assert report.kept == {
         "parts.1": "in the symbolic trace no convolution fed it alone: another operation lies between or uses the same tensor"
     }
+
+
+def test_a_pair_that_runs_many_times_is_a_pair() -> None:
+    model = settle(Block(residual))
+
+    def run_many() -> None:
+        for _ in range(3):
+            model(EXAMPLE)
+
+    assert find_pairs(model, run_many).folded == FOLDED[residual]
+    shared = settle(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    twice = nn.Sequential(shared, nn.ReLU(), shared)
+    report = find_pairs(twice, lambda: twice(EXAMPLE))
+    assert report.folded == {"0.1": "0.0"}
+    assert_same_function(twice, EXAMPLE, report)
+
+
+def test_the_pass_keeps_no_output_alive() -> None:
+    model = settle(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    outputs: list[Any] = []
+    model[0].register_forward_hook(lambda module, given, output: outputs.append(weakref.ref(output)))
+    alive = []
+
+    def run_many() -> None:
+        for _ in range(3):
+            model(EXAMPLE)
+            alive.append(sum(output() is not None for output in outputs))
+
+    assert find_pairs(model, run_many).folded
+    assert alive[-1] <= 1
 
 
 def test_finding_changes_nothing_and_leaves_no_hook() -> None:

@@ -130,41 +130,48 @@ def _input_channels_first(weight: Tensor, convolution: nn.ConvTranspose2d) -> Te
     return split.transpose(1, 2).reshape(convolution.in_channels, -1, *weight.shape[2:]).contiguous()
 
 
+# The attribute by which a convolution's output is known again; kept on the tensor, so that no tensor is kept alive.
+_SOURCE = "_narrowcast_source"
+
+
 class _Consumers(TorchFunctionMode):
-    """Notes, for every watched tensor, inside which module each operation on it ran ("" outside BatchNorms)."""
+    """Notes, for every convolution, inside which BatchNorms its outputs were used ("" outside all of them)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.watched: dict[int, tuple[str, Tensor, list[str]]] = {}
+        self.consumers: dict[str, set[str]] = {}
         self.inside: list[str] = []
+
+    def note(self, values: Any, place: str) -> None:
+        """The outputs among `values` are used at `place`."""
+        for value in torch.utils._pytree.tree_leaves(values):
+            if isinstance(value, Tensor) and (source := getattr(value, _SOURCE, None)) is not None:
+                self.consumers[source].add(place)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in _QUERIES:
-            place = self.inside[-1] if self.inside else ""
-            for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and id(value) in self.watched:
-                    self.watched[id(value)][2].append(place)
+            self.note((args, kwargs), self.inside[-1] if self.inside else "")
         return func(*args, **kwargs)
 
 
 def _pairs_in_a_pass(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
+    """BatchNorm -> convolution where every output of the one went into the other, which got nothing else."""
     mode = _Consumers()
-    calls: dict[str, int] = {}
-    inputs: dict[str, list[int]] = {}
+    sources: dict[str, set[str | None]] = {}
     handles = []
 
     def watch_output(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            calls[path] = calls.get(path, 0) + 1
-            mode.watched[id(output)] = (path, output, [])
+            mode.consumers.setdefault(path, set())
+            setattr(output, _SOURCE, path)
 
         return hook
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             mode.inside.append(path)
-            inputs.setdefault(path, []).append(id(args[0]))
+            sources.setdefault(path, set()).add(getattr(args[0], _SOURCE, None))
 
         return hook
 
@@ -176,15 +183,13 @@ def _pairs_in_a_pass(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]
             handles.append(module.register_forward_hook(lambda m, a, o: mode.inside.pop() and None))
     try:
         with torch.no_grad(), mode:
-            answer = run()
+            mode.note(run(), "")
     finally:
         for handle in handles:
             handle.remove()
     pairs = {}
-    returned = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(answer)}
-    for path, output, consumers in mode.watched.values():
-        norms = set(consumers) | ({""} if id(output) in returned else set())
-        if len(norms) == 1 and calls[path] == 1 and (norm := norms.pop()) and len(inputs[norm]) == 1:
+    for path, norms in mode.consumers.items():
+        if len(norms) == 1 and (norm := next(iter(norms))) and sources[norm] == {path}:
             pairs[norm] = path
     return pairs
 
