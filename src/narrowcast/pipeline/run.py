@@ -85,12 +85,13 @@ def quantize(
     adapter = TorchModel(model, inplace=inplace)
     batches = rewindable(data)
     before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
-    _check_weights(adapter)
+    _check_has_values(adapter)
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds)
     _check_has_data(plan, data)
+    _check_weights(adapter, plan)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     calibration = Calibration()
     if data is not None:
@@ -112,18 +113,20 @@ def quantize(
     return Quantized(adapter.model, report, loaded, source)
 
 
-def _check_weights(adapter: TorchModel) -> None:
-    """Refuse weights that are not finite or hold no values, before any work is done."""
+def _check_has_values(adapter: TorchModel) -> None:
     for layer in adapter.layers():
-        if layer.reason or layer.type == "Parameter":
-            continue
-        weight = adapter.weight(layer)
-        if weight.is_meta:
+        if not layer.reason and layer.type != "Parameter" and adapter.weight(layer).is_meta:
             raise ModelError(
                 f"layer {layer.name!r} is on the meta device and has no values to quantize; load the weights first "
                 "(nc.plan works without them)"
             )
-        check_finite(layer, weight)
+
+
+def _check_weights(adapter: TorchModel, plan: Plan) -> None:
+    """Refuse to quantize weights that are not finite, before any work is done; kept ones may hold anything."""
+    for row in plan.layers:
+        if row.weight is not None:
+            check_finite(row.layer, adapter.weight(row.layer))
 
 
 def _check_has_data(plan: Plan, data: Any) -> None:
