@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.errors import DataError
-from narrowcast.observers.base import check_finite
+from narrowcast.observers.base import check_finite, in_threads
 
 _SLICE_BITS = 32
 # Slice i holds multiples of 2^(256 - 32 * (i + 1)). What lies below 2^-96, magnitudes under 4e-15, is cut off: beside
@@ -69,26 +69,11 @@ class ChannelMagnitude:
         self._positions += values.numel() // channels
         outer, inner = math.prod(values.shape[:axis]), math.prod(values.shape[axis + 1 :])
         view = values.reshape(outer, channels, inner)
-        rows = max(1, _CHUNK // (channels * min(inner, _CHUNK)))
-        for part in view.split(rows):
-            for piece in part.split(_CHUNK, dim=2):
-                self._add(piece)
-
-    def _add(self, values: Tensor) -> None:
-        """Add the squares of [outer, channels, inner], slice by slice from the top, until nothing is left."""
-        assert self._sums is not None
-        rest = values.to(torch.float64).square_()
-        largest = float(rest.max())
-        if largest == 0.0:
-            return
-        start = max(0, (_TOP - math.frexp(largest)[1]) // _SLICE_BITS)
-        for index in range(start, _SLICES):
-            unit = 2.0 ** (_TOP - _SLICE_BITS * (index + 1))
-            whole = (rest * (1.0 / unit)).trunc_()
-            self._sums[index] += whole.sum(dim=(0, 2)).to(torch.int64)
-            rest -= whole.mul_(unit)
-            if not bool(rest.any()):
-                return
+        columns = max(1, _CHUNK // channels)
+        rows = max(1, columns // inner)
+        parts = [piece for part in view.split(rows) for piece in part.split(columns, dim=2)]
+        for sums in in_threads(_slice_sums, parts):
+            self._sums += sums
 
     def result(self) -> Tensor:
         """Mean square per channel [channels], float32.
@@ -105,3 +90,20 @@ class ChannelMagnitude:
         for index in reversed(range(_SLICES)):
             total += self._sums[index].to(torch.float64) * 2.0 ** (_TOP - _SLICE_BITS * (index + 1))
         return (total / self._positions).to(torch.float32)
+
+
+def _slice_sums(values: Tensor) -> Tensor:
+    """The slices of the squares of [outer, channels, inner], summed per channel: [slices, channels] int64."""
+    sums = torch.zeros(_SLICES, values.shape[1], dtype=torch.int64)
+    rest = values.to(torch.float64).square_()
+    largest = float(rest.max())
+    if largest == 0.0:
+        return sums
+    for index in range(max(0, (_TOP - math.frexp(largest)[1]) // _SLICE_BITS), _SLICES):
+        unit = 2.0 ** (_TOP - _SLICE_BITS * (index + 1))
+        whole = (rest * (1.0 / unit)).trunc_()
+        sums[index] = whole.sum(dim=(0, 2)).to(torch.int64)
+        rest -= whole.mul_(unit)
+        if not bool(rest.any()):
+            break
+    return sums

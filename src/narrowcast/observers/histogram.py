@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from narrowcast.observers.base import in_threads
+
 # Bins on each side of zero: at least 4096 of them are in use on the longer side.
 _SIDE_BITS = 13
 _SIDE = 1 << _SIDE_BITS
@@ -73,9 +75,13 @@ class Histogram:
         self._widen(max(-low, high))
         assert self._exponent is not None
         per_width = 2.0**-self._exponent
-        for chunk in values.reshape(-1).split(_CHUNK):
-            index = (chunk * per_width).trunc_().add_(_SIDE).to(torch.int64)
-            self._counts.scatter_add_(0, index, torch.ones_like(index))
+
+        def count(part: Tensor) -> Tensor:
+            index = (part * per_width).trunc_().add_(_SIDE).to(torch.int64)
+            return torch.zeros_like(self._counts).scatter_add_(0, index, torch.ones_like(index))
+
+        for counts in in_threads(count, values.reshape(-1).split(_CHUNK)):
+            self._counts += counts
         self._counts[_SIDE] -= zeros
 
     def bins(self) -> Bins:
