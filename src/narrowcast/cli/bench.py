@@ -206,8 +206,8 @@ def _vocabulary(model: nn.Module) -> int:
     configured = getattr(getattr(model, "config", None), "vocab_size", None)
     if isinstance(configured, int) and configured > 0:
         return configured
-    sizes = [module.num_embeddings for module in model.modules() if hasattr(module, "num_embeddings")]
-    return min(sizes, default=0)
+    sizes = (getattr(module, "num_embeddings", None) for module in model.modules())
+    return min((size for size in sizes if isinstance(size, int)), default=0)
 
 
 def _described(batch: Batch) -> str:

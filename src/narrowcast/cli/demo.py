@@ -85,7 +85,9 @@ def _render(rows: list[Row]) -> Any:
         if row.difference is None:
             whole = row.bytes
             made.add_section()
-        latency = "" if row.latency_ms is None else format_time(row.latency_ms / 1e3)
+        latency = format_time(row.latency_ms / 1e3)
+        if row.float_ms is not None:
+            latency += f" ({format_time(row.float_ms / 1e3)})"
         speed = "1 x" if row.speedup is None else f"{row.speedup[0]:.2f} x"
         fidelity = "" if row.fidelity is None else f"{row.fidelity:.5f}"
         sizes = format_bytes(row.bytes), f"{row.bytes / whole:.1%}"
@@ -105,14 +107,20 @@ def _score(row: Row) -> tuple[str, str]:
 
 
 def _explanations(rows: list[Row]) -> list[str]:
-    lines = ["bytes: the file of weights; load: opening it, in this process, file in the system's cache;"]
     batches = {row.model: row.batch for row in rows}
     sizes = ", ".join(f"{batch} {'images' if 'CNN' in model else 'sentences'}" for model, batch in batches.items())
-    lines.append(f"latency: one batch ({sizes}), in turns with float32, and speed the median ratio of those turns;")
-    lines.append("accuracy: CNN: percent of 597 unseen digits, paired bootstrap;")
+    lines = [
+        "bytes: the file of weights; load: opening it, in this process, file in the system's cache",
+        f"latency: one batch ({sizes}), in brackets float32 in turns with it; speed: median ratio of those turns",
+    ]
+    if any("CNN" in row.model for row in rows):
+        lines.append(
+            "accuracy of the CNN: percent of 597 unseen digits, calibrated on 512 others; paired bootstrap (an "
+            "interval without width: no digit was scored differently, which leaves up to 0.5 points open)"
+        )
     if any("MiniLM" in row.model for row in rows):
         lines.append(
-            "accuracy: MiniLM: 100 x Spearman correlation on 40 sentence pairs scored by the demo's authors, too "
-            "few to rank models by: see the cosine to float32, and benchmarks/ for STS-B."
+            "accuracy of MiniLM: 100 x Spearman correlation on 40 sentence pairs scored by the demo's authors, without "
+            "calibration; too few to rank models by: see the cosine to float32, and benchmarks/ for STS-B"
         )
     return lines

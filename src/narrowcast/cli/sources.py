@@ -123,7 +123,9 @@ def empty_from_config(directory: Path) -> nn.Module:
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
         known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
         with torch.device("meta"):
-            model: nn.Module = named(config) if known else transformers.AutoModel.from_config(config)
+            model: nn.Module = (
+                named(config) if known and named is not None else transformers.AutoModel.from_config(config)
+            )
     except Exception as error:  # a foreign configuration can make transformers fail in any way
         raise ModelError(
             f"transformers cannot build {str(directory)!r}: {type(error).__name__}: {error!s:.500}"

