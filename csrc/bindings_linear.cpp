@@ -3,6 +3,7 @@
 #include "linear.h"
 #include "quantize.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "float_types.h"
@@ -103,22 +104,34 @@ Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor
   return {Contiguous(weight), Contiguous(scale), Contiguous(offset), Contiguous(bias, columns, op, "bias"), columns};
 }
 
-// Quantizes by quantize_row(row, codes, &row_scale) and multiplies.
+// What quantizing one row gives besides its codes.
+struct RowTerms {
+  float scale;
+  int32_t offset;
+};
+
+// Quantizes by quantize_row(row, codes, &terms) and multiplies.
 template <class QuantizeRow>
-Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t offset_factor, const char* op,
+Tensor run_int8(const Activations& x, const Int8Arguments& arguments, const char* op,
                 const QuantizeRow& quantize_row) {
   const int64_t columns = arguments.columns, stride = round_up(x.depth > 0 ? x.depth : 1, 64);
   Tensor out = x.empty_output(columns);
   if (x.rows == 0 || columns == 0) return out;
   const bool parallel = is_parallel(x.rows, columns, x.depth);
-  auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 4)));
+  auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 8)));
   auto* row_scale = reinterpret_cast<float*>(codes + x.rows * stride);
-  quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, op,
-                [&](int64_t row) { return quantize_row(row, codes + row * stride, row_scale + row); });
+  auto* row_offset = reinterpret_cast<int32_t*>(row_scale + x.rows);
+  quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, op, [&](int64_t row) {
+    RowTerms terms = {1.0f, 1};
+    const bool finite = quantize_row(row, codes + row * stride, &terms);
+    row_scale[row] = terms.scale;
+    row_offset[row] = terms.offset;
+    return finite;
+  });
   const Int8Linear problem = {codes,
                               stride,
                               row_scale,
-                              offset_factor,
+                              row_offset,
                               arguments.weight.data<int8_t>(),
                               arguments.scale.data<float>(),
                               arguments.offset.data<int32_t>(),
@@ -135,19 +148,38 @@ Tensor run_int8(const Activations& x, const Int8Arguments& arguments, int32_t of
   return out;
 }
 
+// Symmetric: |x| up to absmax becomes -127..127, stored with 128 added.
+bool quantize_symmetric(const QuantizeKernels& kernels, const Activations& x, int64_t row, uint8_t* codes,
+                        RowTerms* terms) {
+  const uint32_t bits = kernels.absmax_bits(x.row(row), x.type, x.depth);
+  const bool zero = bits < kSmallestRangeBits;
+  *terms = {zero ? 1.0f : bits_to_float(bits) / 127.0f, 128};
+  if (bits >= kNonFiniteBits) return false;
+  return kernels.to_uint8(x.row(row), x.type, x.depth, zero ? 0.0f : 127.0f / bits_to_float(bits), 128, codes);
+}
+
+// Asymmetric: low..high, widened to contain 0, becomes 0..255.
+bool quantize_asymmetric(const QuantizeKernels& kernels, const Activations& x, int64_t row, uint8_t* codes,
+                         RowTerms* terms) {
+  float low, high;
+  if (!kernels.range(x.row(row), x.type, x.depth, &low, &high)) return false;
+  const bool zero = (-low > high ? -low : high) < bits_to_float(kSmallestRangeBits);
+  // divided before subtracted: high - low may overflow where neither bound does
+  const float scale = zero ? 1.0f : high / 255.0f - low / 255.0f, inverse = zero ? 0.0f : 1.0f / scale;
+  *terms = {scale, static_cast<int32_t>(std::lrintf(-low * inverse))};
+  terms->offset = terms->offset < 255 ? terms->offset : 255;
+  return kernels.to_uint8(x.row(row), x.type, x.depth, inverse, terms->offset, codes);
+}
+
 Tensor linear_int8_dynamic(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale, const Tensor& weight_sum,
-                           const std::optional<Tensor>& bias) {
+                           const std::optional<Tensor>& bias, bool symmetric) {
   constexpr const char* op = "linear_int8_dynamic";
   const Activations x(x_tensor, op);
   const Int8Arguments arguments = read_int8(x, weight, scale, weight_sum, "weight_sum", bias, op);
-  const QuantizeKernels& quantize = kQuantizeTiers.active();
-  return run_int8(x, arguments, 128, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
-    const uint32_t bits = quantize.absmax_bits(x.row(row), x.type, x.depth);
-    const bool zero = bits < kSmallestRangeBits;
-    *row_scale = zero ? 1.0f : bits_to_float(bits) / 127.0f;
-    if (bits >= kNonFiniteBits) return false;
-    quantize.to_uint8(x.row(row), x.type, x.depth, zero ? 0.0f : 127.0f / bits_to_float(bits), 128, codes);
-    return true;
+  const QuantizeKernels& kernels = kQuantizeTiers.active();
+  const auto quantize = symmetric ? quantize_symmetric : quantize_asymmetric;
+  return run_int8(x, arguments, op, [&](int64_t row, uint8_t* codes, RowTerms* terms) {
+    return quantize(kernels, x, row, codes, terms);
   });
 }
 
@@ -159,8 +191,7 @@ Tensor linear_int8_static(const Tensor& x_tensor, const Tensor& weight, const Te
   const Int8Arguments arguments = read_int8(x, weight, scale, zero_sum, "zero_sum", bias, op);
   const InputRange range(input_inverse, input_zero_point, x.depth, op);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
-  return run_int8(x, arguments, 1, op, [&](int64_t row, uint8_t* codes, float* row_scale) {
-    *row_scale = 1.0f;
+  return run_int8(x, arguments, op, [&](int64_t row, uint8_t* codes, RowTerms*) {
     if (range.per_channel()) {
       return quantize.to_uint8_channels(x.row(row), x.type, x.depth, range.inverse(), range.zero_point(), codes);
     }

@@ -6,15 +6,15 @@
 
 namespace narrowcast {
 
-// out[m, n] = float(sum_k codes[m, k] * weight[n, k] - offset_factor * offset[n]) * (row_scale[m] * scale[n]) + bias[n]
+// out[m, n] = float(sum_k codes[m, k] * weight[n, k] - row_offset[m] * offset[n]) * (row_scale[m] * scale[n]) + bias[n]
 struct Int8Linear {
   const uint8_t* codes;       // [rows, code_stride], uint8
   int64_t code_stride;        // a multiple of 64, >= depth; what lies behind `depth` does not matter
   const float* row_scale;     // [rows]
-  int32_t offset_factor;      // the zero point where it is the same for all inputs, 1 where `offset` holds it
+  const int32_t* row_offset;  // [rows] the zero point where a row has one, 1 where `offset` holds it
   const int8_t* weight;       // [columns, depth]
   const float* scale;         // [columns]
-  const int32_t* offset;      // [columns] what zero points add to the sums, divided by offset_factor
+  const int32_t* offset;      // [columns] what zero points add to the sums, divided by row_offset
   const float* bias;          // [columns] or null
   int64_t depth;
   void* out;                  // [rows, out_stride]

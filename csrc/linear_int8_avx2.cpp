@@ -151,14 +151,14 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
       const auto* source = reinterpret_cast<const __m256i*>(sums + r * stride + (column - columns.begin));
       const auto* offset = reinterpret_cast<const __m256i*>(problem.offset + column);
       const __m256i correction =
-          _mm256_mullo_epi32(_mm256_loadu_si256(offset), _mm256_set1_epi32(problem.offset_factor));
+          _mm256_mullo_epi32(_mm256_loadu_si256(offset), _mm256_set1_epi32(problem.row_offset[row]));
       const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(source), correction));
       __m256 value = _mm256_mul_ps(product, _mm256_mul_ps(row_scale, _mm256_loadu_ps(problem.scale + column)));
       if (problem.bias != nullptr) value = _mm256_add_ps(value, _mm256_loadu_ps(problem.bias + column));
       store8(problem.out, problem.out_type, row * problem.out_stride + column, 8, value);
     }
     for (; column < columns.end; ++column) {
-      const int32_t sum = sums[r * stride + (column - columns.begin)] - problem.offset_factor * problem.offset[column];
+      const int32_t sum = sums[r * stride + (column - columns.begin)] - problem.row_offset[row] * problem.offset[column];
       float value = static_cast<float>(sum) * (problem.row_scale[row] * problem.scale[column]);
       if (problem.bias != nullptr) value += problem.bias[column];
       store_float(problem.out, problem.out_type, row * problem.out_stride + column, value);

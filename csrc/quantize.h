@@ -15,6 +15,9 @@ struct QuantizeKernels {
   // The largest |x| as the bit pattern of a float32; >= kNonFiniteBits when a value is NaN or infinite.
   uint32_t (*absmax_bits)(const void* x, FloatType type, int64_t count);
 
+  // The smallest and the largest of the values and 0. False when a value is not finite.
+  bool (*range)(const void* x, FloatType type, int64_t count, float* low, float* high);
+
   // codes = clamp(rne(x * inverse) + zero_point, 0, 255). False when a value is not finite.
   bool (*to_uint8)(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes);
 

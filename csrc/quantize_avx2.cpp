@@ -31,6 +31,25 @@ uint32_t absmax_of(const void* x, int64_t count) {
   return largest_lane(largest);
 }
 
+template <FloatType type>
+bool range_of(const void* x, int64_t count, float* low, float* high) {
+  __m256 least = _mm256_setzero_ps(), most = _mm256_setzero_ps();
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t index = 0; index < count; index += 8) {
+    const __m256 value = count - index >= 8 ? load8<type>(x, index) : load8_tail<type>(x, index, count - index);
+    least = _mm256_min_ps(least, value);
+    most = _mm256_max_ps(most, value);
+    largest = _mm256_max_epi32(largest, magnitude_bits(value));
+  }
+  float lows[8], highs[8];
+  _mm256_storeu_ps(lows, least);
+  _mm256_storeu_ps(highs, most);
+  float unused;
+  quantize_scalar.range(lows, FloatType::float32, 8, low, &unused);
+  quantize_scalar.range(highs, FloatType::float32, 8, &unused, high);
+  return largest_lane(largest) < kNonFiniteBits;
+}
+
 struct Uint8Step {
   __m256 inverse, low, high;
   __m256i zero_point, largest;
@@ -132,6 +151,12 @@ uint32_t absmax_bits(const void* x, FloatType type, int64_t count) {
   return absmax_of<FloatType::float16>(x, count);
 }
 
+bool range(const void* x, FloatType type, int64_t count, float* low, float* high) {
+  if (type == FloatType::float32) return range_of<FloatType::float32>(x, count, low, high);
+  if (type == FloatType::bfloat16) return range_of<FloatType::bfloat16>(x, count, low, high);
+  return range_of<FloatType::float16>(x, count, low, high);
+}
+
 bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
   if (type == FloatType::float32) return uint8_of<FloatType::float32>(x, count, inverse, zero_point, codes);
   if (type == FloatType::bfloat16) return uint8_of<FloatType::bfloat16>(x, count, inverse, zero_point, codes);
@@ -153,6 +178,6 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
 
 }  // namespace
 
-const QuantizeKernels quantize_avx2 = {absmax_bits, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_avx2 = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
 
 }  // namespace narrowcast

@@ -27,6 +27,25 @@ uint32_t absmax_of(const void* x, int64_t count) {
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest[0]));
 }
 
+template <FloatType type>
+bool range_of(const void* x, int64_t count, float* low, float* high) {
+  __m512 least[2] = {}, most[2] = {};
+  __m512i largest[2] = {};
+  for (int64_t index = 0; index < count; index += 32) {
+    for (int part = 0; part < 2; ++part) {
+      const int64_t at = index + 16 * part;
+      const __m512 value = load16<type>(x, at, lanes16(count - at));
+      least[part] = _mm512_min_ps(least[part], value);
+      most[part] = _mm512_max_ps(most[part], value);
+      largest[part] = _mm512_max_epi32(largest[part], magnitude_bits(value));
+    }
+  }
+  *low = _mm512_reduce_min_ps(_mm512_min_ps(least[0], least[1]));
+  *high = _mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1]));
+  const __m512i both = _mm512_max_epi32(largest[0], largest[1]);
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(both)) < kNonFiniteBits;
+}
+
 struct Uint8Step {
   __m512 inverse, low, high;
   __m512i zero_point, largest;
@@ -115,6 +134,12 @@ uint32_t absmax_bits(const void* x, FloatType type, int64_t count) {
   return absmax_of<FloatType::float16>(x, count);
 }
 
+bool range(const void* x, FloatType type, int64_t count, float* low, float* high) {
+  if (type == FloatType::float32) return range_of<FloatType::float32>(x, count, low, high);
+  if (type == FloatType::bfloat16) return range_of<FloatType::bfloat16>(x, count, low, high);
+  return range_of<FloatType::float16>(x, count, low, high);
+}
+
 bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
   if (type == FloatType::float32) return uint8_of<FloatType::float32>(x, count, inverse, zero_point, codes);
   if (type == FloatType::bfloat16) return uint8_of<FloatType::bfloat16>(x, count, inverse, zero_point, codes);
@@ -136,6 +161,6 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
 
 }  // namespace
 
-const QuantizeKernels quantize_avx512vnni = {absmax_bits, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_avx512vnni = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
 
 }  // namespace narrowcast

@@ -17,6 +17,16 @@ uint32_t absmax_bits(const void* x, FloatType type, int64_t count) {
   return largest;
 }
 
+bool range(const void* x, FloatType type, int64_t count, float* low, float* high) {
+  *low = *high = 0.0f;
+  for (int64_t index = 0; index < count; ++index) {
+    const float value = load_float(x, type, index);
+    *low = value < *low ? value : *low;
+    *high = value > *high ? value : *high;
+  }
+  return absmax_bits(x, type, count) < kNonFiniteBits;
+}
+
 bool to_uint8(const void* x, FloatType type, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
   const float low = static_cast<float>(-zero_point), high = static_cast<float>(255 - zero_point);
   bool finite = true;
@@ -64,6 +74,6 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
 
 }  // namespace
 
-const QuantizeKernels quantize_scalar = {absmax_bits, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_scalar = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
 
 }  // namespace narrowcast

@@ -25,6 +25,7 @@ def test_every_size_gives_the_reference_bits(every_tier: Tiers, depth: int) -> N
         for columns in COLUMNS:
             arguments = int8_arguments(rows, columns, depth, bias=columns % 2 == 0)
             assert_same(every_tier, DYNAMIC, *arguments)
+            assert_same(every_tier, DYNAMIC, *arguments, False)
             assert_same(every_tier, STATIC, *static_arguments(arguments, 0.037, 101))
             assert_same(every_tier, STATIC, *static_arguments(arguments, 0.037, 101, per_channel=True))
 
@@ -33,6 +34,7 @@ def test_every_size_gives_the_reference_bits(every_tier: Tiers, depth: int) -> N
 def test_large_and_threaded_sizes_give_the_reference_bits(every_tier: Tiers, shape: tuple[int, int, int]) -> None:
     arguments = int8_arguments(*shape)
     assert_same(every_tier, DYNAMIC, *arguments)
+    assert_same(every_tier, DYNAMIC, *arguments, False)
     assert_same(every_tier, STATIC, *static_arguments(arguments, 0.05, 3))
     assert_same(every_tier, STATIC, *static_arguments(arguments, 0.05, 3, per_channel=True))
 
@@ -44,6 +46,7 @@ def test_half_precision_in_and_out_gives_the_reference_bits(every_tier: Tiers, d
         x, *rest = int8_arguments(rows, 65, depth)
         arguments = (x.to(dtype), *rest)
         assert_same(every_tier, DYNAMIC, *arguments)
+        assert_same(every_tier, DYNAMIC, *arguments, False)
         for per_channel in (False, True):
             assert_same(every_tier, STATIC, *static_arguments(arguments, 0.037, 101, per_channel=per_channel))
 
@@ -63,6 +66,22 @@ def test_extreme_codes_do_not_saturate(tier: str, rows: int, sign: int) -> None:
         one, zero, none = torch.ones(count), torch.zeros(count, dtype=torch.int32), torch.zeros_like(weight_sum)
         y = native(STATIC, 1e30 * x, weight, torch.ones(columns), none, None, one, zero)
         assert torch.equal(y, torch.full_like(y, 255.0 * 127 * depth * sign))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_a_row_of_one_sign_uses_all_asymmetric_codes(tier: str, rows: int) -> None:
+    x = torch.linspace(0, 255, 256).repeat(rows, 1)  # the scale is exactly 1 and the zero point 0, or 255 negated
+    weight = torch.randint(-127, 128, (33, 256), dtype=torch.int8)
+    sums = weight.sum(1, dtype=torch.int32)
+    expected = (x.long() @ weight.long().t()).float()
+    for sign in (1, -1):
+        assert torch.equal(native(DYNAMIC, sign * x, weight, torch.ones(33), sums, None, False), sign * expected)
+
+
+def test_the_largest_finite_range_does_not_overflow_in_asymmetric_codes(tier: str) -> None:
+    x = torch.tensor([[3e38, -3e38, 0.0, 1e38]])
+    y = native(DYNAMIC, x, torch.eye(4, dtype=torch.int8), torch.ones(4), torch.ones(4, dtype=torch.int32), None, False)
+    assert torch.isfinite(y).all() and float(y[0, 2]) == 0.0 and torch.allclose(y, x, rtol=0.02, atol=1.3e36)
 
 
 def test_integer_sums_are_exact_when_the_scales_are_one(tier: str) -> None:

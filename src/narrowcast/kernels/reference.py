@@ -46,6 +46,30 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(rows * inverse[:, None]).clamp(-127, 127), scale
 
 
+def quantize_rows_asymmetric(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric uint8 codes of each row; its range is widened to contain 0.
+
+    Args:
+        rows: [M, K] float32, finite.
+
+    Returns:
+        codes: [M, K] float32 holding integers in 0..255.
+        scale: [M] float32, (high - low) / 255; 1.0 where the row counts as zero.
+        zero_point: [M] int32 in 0..255, the code of 0.0.
+    """
+    if rows.shape[1] == 0:
+        return rows, rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    zero = torch.maximum(-low, high) < SMALLEST_RANGE
+    steps = torch.tensor(255.0, dtype=torch.float32, device=rows.device)
+    # divided before subtracted: high - low may overflow where neither bound does
+    scale = torch.where(zero, 1.0, torch.div(high, steps) - torch.div(low, steps))
+    inverse = torch.where(zero, 0.0, torch.div(torch.ones_like(scale), scale))
+    zero_point = torch.round(-low * inverse).clamp(max=255)
+    shifted = (rows * inverse[:, None]).clamp(-zero_point[:, None], 255 - zero_point[:, None])
+    return torch.round(shifted) + zero_point[:, None], scale, zero_point.to(torch.int32)
+
+
 def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
     """Exact codes [M, K] times weight [N, K] transposed, as int32 [M, N]."""
     return torch.matmul(codes.double(), weight.double().t()).to(torch.int32)
@@ -65,8 +89,10 @@ def _rows(op: str, x: Tensor) -> Tensor:
     return rows
 
 
-def linear_int8_dynamic(x: Tensor, weight: Tensor, scale: Tensor, weight_sum: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer with int8 weights and activations quantized to symmetric int8 per token.
+def linear_int8_dynamic(
+    x: Tensor, weight: Tensor, scale: Tensor, weight_sum: Tensor, bias: Tensor | None, symmetric: bool = True
+) -> Tensor:
+    """Linear layer with int8 weights and activations quantized per token as they come.
 
     Args:
         x:          [..., K] float32, bfloat16 or float16.
@@ -74,16 +100,22 @@ def linear_int8_dynamic(x: Tensor, weight: Tensor, scale: Tensor, weight_sum: Te
         scale:      [N] float32, weight units per code step.
         weight_sum: [N] int32, the sum of each weight row.
         bias:       [N] float, or None.
+        symmetric:  int8 codes -127..127 of each token, or uint8 codes with a zero point of its own.
 
     Returns:
-        y: [..., N] in x's dtype: float(codes . weight) * (row scale * scale) + bias.
+        y: [..., N] in x's dtype: float(codes . weight - zero point * weight_sum) * (row scale * scale) + bias.
 
     Raises:
         RuntimeError: x holds a NaN or an infinity.
     """
-    codes, row_scale = quantize_rows(_rows("linear_int8_dynamic", x))
-    product = integer_product(codes, weight).float()
-    return _finish(product * (row_scale[:, None] * scale[None, :]), x, bias)
+    rows = _rows("linear_int8_dynamic", x)
+    if symmetric:
+        codes, row_scale = quantize_rows(rows)
+        product = integer_product(codes, weight)
+    else:
+        codes, row_scale, zero_point = quantize_rows_asymmetric(rows)
+        product = integer_product(codes, weight) - zero_point[:, None] * weight_sum[None, :]
+    return _finish(product.float() * (row_scale[:, None] * scale[None, :]), x, bias)
 
 
 def linear_int8_static(
@@ -202,7 +234,7 @@ def _fake_dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | No
 OPS = (
     Op(
         "linear_int8_dynamic",
-        "(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias) -> Tensor",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias, bool symmetric=True) -> Tensor",
         linear_int8_dynamic,
         _fake_linear,
     ),
