@@ -35,7 +35,9 @@ def test_weights_that_are_not_finite_are_refused_by_layer_and_position(value: fl
     model = small()
     with torch.no_grad():
         model[4].weight[3, 7] = value
-    with pytest.raises(ModelError, match=rf"layer '4': weight \[3, 7\] is {value}, and 1 of 192 weights are not finite"):
+    with pytest.raises(
+        ModelError, match=rf"layer '4': weight \[3, 7\] is {value}, and 1 of 192 weights are not finite"
+    ):
         quantize(model, recipe, IMAGES)
 
 
@@ -45,7 +47,7 @@ def test_every_kind_of_layer_is_checked() -> None:
         model = nn.Sequential(module)
         with torch.no_grad():
             next(module.parameters()).fill_(float("nan"))
-        with pytest.raises(ModelError, match="layer '0.*is nan"):
+        with pytest.raises(ModelError, match=r"layer '0.*is nan"):
             quantize(model, "weight-int8")
 
 
@@ -117,7 +119,7 @@ def test_quantizing_twice_is_refused(inplace: bool) -> None:
 @pytest.mark.parametrize("model", [None, "resnet.pt", 3, {}, nn.Linear])
 def test_what_is_no_model_is_refused(model: Any) -> None:
     for call in (lambda: quantize(model, "weight-int8"), lambda: nc.plan(model, "weight-int8")):
-        with pytest.raises(ModelError, match="expected a torch.nn.Module"):
+        with pytest.raises(ModelError, match=r"expected a torch.nn.Module"):
             call()
 
 
@@ -144,7 +146,8 @@ def test_tiny_layers_are_quantized_like_all_others(shape: tuple[int, int], recip
 def test_layers_of_one_element_convolve_look_up_and_remember(recipe: str) -> None:
     for model, x in (
         (nn.Conv2d(1, 1, 1), torch.randn(40, 1, 3, 3)), (nn.Conv1d(1, 1, 1), torch.randn(40, 1, 3)),
-        (nn.ConvTranspose2d(1, 1, 1), torch.randn(40, 1, 3, 3)), (nn.Embedding(1, 1), torch.zeros(40, 2, dtype=torch.int64)),
+        (nn.ConvTranspose2d(1, 1, 1), torch.randn(40, 1, 3, 3)),
+        (nn.Embedding(1, 1), torch.zeros(40, 2, dtype=torch.int64)),
         (nn.LSTM(1, 1), torch.randn(40, 2, 1)), (nn.GRU(1, 1), torch.randn(40, 2, 1)),
     ):  # fmt: skip
         result = quantize(nn.Sequential(model).eval(), recipe, x)
@@ -194,7 +197,10 @@ def test_a_group_that_does_not_divide_the_width_has_a_short_end(recipe: str, wid
     assert row.outcome == "quantized" and row.spec == "int4/group32/asym"
     assert row.bytes_after == 16 * (-(-width * 4 // 8) + groups * 3)
     with torch.no_grad():
-        assert nc.Report and float((result.model(x) - model(x)).square().mean()) < 0.05 * float(model(x).square().mean()) + 1e-3
+        assert (
+            nc.Report
+            and float((result.model(x) - model(x)).square().mean()) < 0.05 * float(model(x).square().mean()) + 1e-3
+        )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e30])
@@ -244,7 +250,7 @@ class Failing(nn.Module):
 
 
 def test_an_error_inside_the_model_names_the_batch() -> None:
-    with pytest.raises(DataError, match="batch 0 does not run through Failing: ValueError: only for tests"):
+    with pytest.raises(DataError, match=r"batch 0 does not run through Failing: ValueError: only for tests"):
         quantize(Failing(), "static-int8", torch.ones(2, 4))
 
 
@@ -253,7 +259,11 @@ def test_what_is_refused_before_work_leaves_the_model_as_it_was(inplace: bool) -
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     types = [type(module) for module in model.modules()]
-    for recipe, data in (("static-int8", None), ("static-int8", []), ({"rule": [{"layers": "x", "weight": "int8"}]}, None)):
+    for recipe, data in (
+        ("static-int8", None),
+        ("static-int8", []),
+        ({"rule": [{"layers": "x", "weight": "int8"}]}, None),
+    ):
         with pytest.raises(NarrowcastError):
             quantize(model, recipe, data, inplace=inplace)
     assert [type(module) for module in model.modules()] == types
@@ -262,5 +272,5 @@ def test_what_is_refused_before_work_leaves_the_model_as_it_was(inplace: bool) -
 
 def test_a_contract_that_is_not_met_returns_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
-    with pytest.raises(ContractError, match="coverage 20.0% is below the required 90.0%"):
+    with pytest.raises(ContractError, match=r"coverage 20.0% is below the required 90.0%"):
         quantize(model, "weight-int8", min_coverage=0.9)

@@ -121,7 +121,10 @@ def test_the_first_rule_that_matches_decides() -> None:
 
 
 def test_a_layer_that_no_rule_matches_is_kept_and_says_so() -> None:
-    assert rows(Small(), {"rule": [{"layers": "up", "weight": "int8"}]})["down"].reason == "no rule of the recipe matches it"
+    assert (
+        rows(Small(), {"rule": [{"layers": "up", "weight": "int8"}]})["down"].reason
+        == "no rule of the recipe matches it"
+    )
 
 
 def test_the_int4_presets_keep_tables_and_heads_in_int8() -> None:
@@ -144,9 +147,12 @@ def test_a_norm_that_is_folded_takes_no_bytes() -> None:
 
 
 UNUSED = [
-    ([{"layers": "uq", "weight": "int8"}, {"weight": "int8"}], r"rule 1 \(layers = \['uq'\]\): it matches no layer; layers are for example \['up'"),
-    ([{"type": "Conv2d", "weight": "int8"}, {"weight": "int8"}], r"rule 1 \(type = 'Conv2d'\).*types \['Conv1d', 'Embedding', 'GRU', 'Linear'\]"),
-    ([{"weight": "int8"}, {"layers": "up", "weight": "fp16"}], "rule 2 .*'up'.* is taken by an earlier rule; move it up"),
+    ([{"layers": "uq", "weight": "int8"}, {"weight": "int8"}],
+     r"rule 1 \(layers = \['uq'\]\): it matches no layer; layers are for example \['up'"),
+    ([{"type": "Conv2d", "weight": "int8"}, {"weight": "int8"}],
+     r"rule 1 \(type = 'Conv2d'\).*types \['Conv1d', 'Embedding', 'GRU', 'Linear'\]"),
+    ([{"weight": "int8"}, {"layers": "up", "weight": "fp16"}],
+     "rule 2 .*'up'.* is taken by an earlier rule; move it up"),
     ([{"weight": "int8"}, {"layers": "up", "keep": "why not"}], "rule 2 .* taken by an earlier rule"),
 ]  # fmt: skip
 
@@ -173,17 +179,22 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("layers", "rule", "remedy"), IMPOSSIBLE)
-def test_what_no_kernel_does_is_an_error_with_layer_value_and_remedy(layers: str, rule: dict[str, Any], remedy: str) -> None:
+def test_what_no_kernel_does_is_an_error_with_layer_value_and_remedy(
+    layers: str, rule: dict[str, Any], remedy: str
+) -> None:
     with pytest.raises(RecipeError, match=rf"layer '{layers[:2]}.*no integer kernel multiplies weights in.*{remedy}"):
         nc.plan(Small(), {"rule": [{"layers": layers, **rule}]})
 
 
 def test_weights_of_one_module_are_quantized_together() -> None:
-    with pytest.raises(RecipeError, match=r"'memory.weight_ih_l0' and 'memory.weight_hh_l0' belong to one module, 'memory'"):
+    with pytest.raises(
+        RecipeError, match=r"'memory.weight_ih_l0' and 'memory.weight_hh_l0' belong to one module, 'memory'"
+    ):
         nc.plan(Small(), {"rule": [{"layers": "memory.weight_ih*", "weight": "int8"}]})
     with pytest.raises(RecipeError, match="give both the same rule"):
         nc.plan(Small(), {"rule": [
-            {"layers": "memory.weight_ih*", "weight": "int8", "input": "int8/token"}, {"layers": "memory.*", "weight": "int8"},
+            {"layers": "memory.weight_ih*", "weight": "int8", "input": "int8/token"},
+            {"layers": "memory.*", "weight": "int8"},
         ]})  # fmt: skip
 
 

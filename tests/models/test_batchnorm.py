@@ -273,7 +273,8 @@ def test_a_sequential_that_is_only_a_container_is_no_evidence_against_a_trace() 
 
     report = pairs(settle(Model()), None)
     assert report.kept == {
-        "parts.1": "in the symbolic trace no convolution fed it alone: another operation lies between or uses the same tensor"
+        "parts.1": "in the symbolic trace no convolution fed it alone: another operation lies between or uses the same "
+        "tensor"
     }
 
 

@@ -77,7 +77,9 @@ def test_what_no_layer_owns_is_listed_with_a_reason() -> None:
 
 def test_matrices_have_the_shape_out_by_in_times_kernel() -> None:
     layers = layers_of(Everything())
-    shapes = {name: layers[name].shape for name in ("line", "plane", "up", "memory.weight_ih_l0", "attention.q_proj", "table")}
+    shapes = {
+        name: layers[name].shape for name in ("line", "plane", "up", "memory.weight_ih_l0", "attention.q_proj", "table")
+    }
     assert shapes == {
         "line": (8, 24), "plane": (2, 9), "up": (1, 8), "memory.weight_ih_l0": (16, 8), "attention.q_proj": (8, 8),
         "table": (20, 8),

@@ -69,7 +69,9 @@ MASKS: dict[str, Tensor] = {
     "none": torch.zeros(0),
     "boolean": torch.arange(7)[None, :] > torch.arange(5)[:, None] + 1,
     "added": noise(5, 7, seed=3),
-    "minus infinity": torch.zeros(5, 7).masked_fill(torch.arange(7)[None, :] > torch.arange(5)[:, None] + 2, -torch.inf),
+    "minus infinity": torch.zeros(5, 7).masked_fill(
+        torch.arange(7)[None, :] > torch.arange(5)[:, None] + 2, -torch.inf
+    ),
     "boolean, per head": noise(12, 5, 7, seed=4) > 0.8,
     "added, per head": noise(12, 5, 7, seed=5),
 }

@@ -1,4 +1,4 @@
-"""QuantizedConv: torch's convolutions on the dequantized weight, in every geometry, for every treatment of the input."""
+"""QuantizedConv: torch's convolutions on the dequantized weight, in every geometry, for every input treatment."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def activation_for(layer: Any, x: Tensor, mode: str) -> Activation:
 def converted(layer: Any, activation: Activation = FLOAT, spec: str = "int8") -> QuantizedConv:
     shape = ConvShape.of(layer)
     matrix = taken_in(
-        shape.to_matrix(layer.weight.detach()), activation, lambda ratio: spread_channels(ratio, shape.matrix, shape.groups)
+        shape.to_matrix(layer.weight.detach()),
+        activation,
+        lambda ratio: spread_channels(ratio, shape.matrix, shape.groups),
     )
     return QuantizedConv(QuantSpec.parse(spec), shape, activation, record=record(matrix, spec), bias=layer.bias)
 
@@ -134,7 +136,9 @@ def test_stored_codes_come_back_from_the_panels(spec: str) -> None:
     assert set(state) == {"weight_codes", "weight_scale", "bias"}
 
 
-@pytest.mark.parametrize("spec", ["fp16", "fp8_e4m3", "int8/asym", "int4/group32/asym", "int3/group8", "nf4/group64", "uint8"])
+@pytest.mark.parametrize(
+    "spec", ["fp16", "fp8_e4m3", "int8/asym", "int4/group32/asym", "int3/group8", "nf4/group64", "uint8"]
+)
 @pytest.mark.parametrize("name", ["3x3", "grouped", "transposed, strided", "1d"])
 def test_every_format_convolves_in_float(name: str, spec: str) -> None:
     layer = filled(PLAIN[name])

@@ -73,7 +73,11 @@ def test_the_padding_row_is_a_row_like_all_others(spec: str) -> None:
     assert torch.equal(module(INDICES), made(spec)(INDICES))
 
 
-@given(rows=st.integers(1, 30), columns=st.integers(1, 70), spec=st.sampled_from(["int8", "int4/group32/asym", "int3/group8"]))
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 70),
+    spec=st.sampled_from(["int8", "int4/group32/asym", "int3/group8"]),
+)
 def test_every_size_of_table_works(rows: int, columns: int, spec: str) -> None:
     module = made(spec, rows, columns)
     indices = torch.arange(rows).flip(0)

@@ -186,7 +186,7 @@ def test_the_integer_op_is_chosen_by_format_and_treatment() -> None:
         dynamic = "linear_int8_dynamic" if spec in INT8_PER_ROW else None
         dynamic = "linear_int4_dynamic" if spec in INT4_IN_GROUPS else dynamic
         assert linear_op(parsed, (10, 76), "dynamic") == dynamic, spec
-        static = "linear_int8_static" if spec in INT8_PER_ROW + ("int4/scale:fp16",) else None
+        static = "linear_int8_static" if spec in (*INT8_PER_ROW, "int4/scale:fp16") else None
         assert linear_op(parsed, (10, 76), "static") == static, spec
         assert linear_op(parsed, (10, 76), "float") is linear_op(parsed, (10, 76), "cast") is None
 

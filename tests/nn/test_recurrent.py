@@ -133,7 +133,9 @@ def test_packed_sequences_in_any_order_work_as_in_torch(
     module = stack(cell, **GEOMETRIES[geometry])
     quantized = converted(module, activation)
     x = sequence(module, steps=max(LENGTHS[lengths]))
-    packed = pack_padded_sequence(x, torch.tensor(LENGTHS[lengths]), batch_first=module.batch_first, enforce_sorted=False)
+    packed = pack_padded_sequence(
+        x, torch.tensor(LENGTHS[lengths]), batch_first=module.batch_first, enforce_sorted=False
+    )
     for state in (None, initial(module, 4)):
         got, expected = quantized(packed, state), on_dequantized(module, quantized)(packed, state)
         (same if activation is FLOAT else near)(got, expected)
@@ -185,7 +187,9 @@ def test_settings_and_stored_tensors_rebuild_the_stack_to_the_bit(
 @pytest.mark.parametrize("activation", [FLOAT, DYNAMIC])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs_give_half_precision_outputs(cell: str, activation: Activation, dtype: torch.dtype) -> None:
+def test_half_precision_inputs_give_half_precision_outputs(
+    cell: str, activation: Activation, dtype: torch.dtype
+) -> None:
     module = stack(cell)
     quantized = converted(module, activation)
     x = sequence(module).to(dtype)
@@ -207,7 +211,12 @@ def test_initial_states_of_the_wrong_shape_are_refused(cell: str, activation: Ac
 
 def test_what_models_read_from_a_stack_is_there() -> None:
     quantized = converted(stack("LSTM", **GEOMETRIES["everything"]))
-    assert (quantized.hidden_size, quantized.num_layers, quantized.bidirectional, quantized.batch_first) == (12, 2, True, True)
+    assert (quantized.hidden_size, quantized.num_layers, quantized.bidirectional, quantized.batch_first) == (
+        12,
+        2,
+        True,
+        True,
+    )
     assert quantized.flatten_parameters() is None
 
 

@@ -64,7 +64,8 @@ def test_a_callable_runs_the_model_itself() -> None:
 
     def run(candidate: nn.Module) -> Any:
         calls.append(candidate)
-        return [candidate(part) for part in x.split(16)][0]
+        answers = [candidate(part) for part in x.split(16)]
+        return answers[0]
 
     result = nc.quantize(model, "static-int8", run, progress=False)
     assert_same(result, nc.quantize(model, "static-int8", list(x.split(16)), progress=False))
@@ -153,7 +154,11 @@ def test_a_layer_that_never_ran_without_static_ranges_is_quantized_and_says_so()
 def test_a_tied_weight_with_ranges_per_channel_gets_one_range_and_says_so() -> None:
     model, x = example("tied")
     row = next(r for r in nc.quantize(model, "static-int8", x, progress=False).report.layers if r.layer == "table")
-    assert row.outcome == "fell back" and "one range for all channels" in row.reason and row.input.startswith("uint8/tensor [")
+    assert (
+        row.outcome == "fell back"
+        and "one range for all channels" in row.reason
+        and row.input.startswith("uint8/tensor [")
+    )
 
 
 def test_a_shared_module_sees_all_its_inputs() -> None:

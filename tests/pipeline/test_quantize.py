@@ -49,7 +49,9 @@ def assert_complete(model: nn.Module, result: nc.Quantized) -> None:
     had_data = totals.integer_macs is not None
     names = [row.layer for row in report.layers]
     assert len(set(names)) == len(names)
-    biases = sum(p.numel() for n, p in model.named_parameters() if "bias" in n and "norm" not in n and "stem.1" not in n)
+    biases = sum(
+        p.numel() for n, p in model.named_parameters() if "bias" in n and "norm" not in n and "stem.1" not in n
+    )
     assert sum(row.parameters for row in report.layers) + biases == totals.parameters
     assert totals.parameters == sum(p.numel() for p in model.parameters())
     done = [row for row in report.layers if row.outcome in ("quantized", "fell back")]
@@ -65,7 +67,9 @@ def assert_complete(model: nn.Module, result: nc.Quantized) -> None:
     assert totals.bytes_before == sum(t.numel() * t.element_size() for t in unique_tensors(model))
     assert totals.bytes_after == sum(t.numel() * t.element_size() for t in unique_tensors(result.model))
     assert totals.seconds > 0 and (totals.peak_memory_bytes or 0) > 0
-    assert (totals.output_sqnr_db is None) == (totals.float_ms is None) == (totals.quantized_ms is None) == (not had_data)
+    assert (
+        (totals.output_sqnr_db is None) == (totals.float_ms is None) == (totals.quantized_ms is None) == (not had_data)
+    )
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert nc.Report.from_dict(values) == report
     assert all(row.layer in str(report) for row in done)
@@ -140,7 +144,9 @@ def test_strict_is_content_with_a_keep_rule_and_with_norms() -> None:
 
 
 def test_strict_refuses_a_matrix_that_no_layer_owns() -> None:
-    with pytest.raises(ContractError, match="strict: 1 weights .*: position: kept: Transformer.position is not the weight"):
+    with pytest.raises(
+        ContractError, match=r"strict: 1 weights .*: position: kept: Transformer.position is not the weight"
+    ):
         quantized("transformer", "weight-int8", strict=True)
 
 
@@ -156,7 +162,9 @@ def test_coverage_below_the_minimum_is_refused_with_what_was_kept() -> None:
     report = nc.quantize(model, recipe, progress=False).report
     up, total = 32 * 86, 60 * 32 + 2 * 32 * 86
     assert report.totals.coverage == up / total
-    with pytest.raises(ContractError, match=r"coverage 37.1% is below the required 50.0%; kept: table: no rule .* matches it"):
+    with pytest.raises(
+        ContractError, match=r"coverage 37.1% is below the required 50.0%; kept: table: no rule .* matches it"
+    ):
         nc.quantize(model, recipe, min_coverage=0.5, progress=False)
     assert nc.quantize(model, recipe, min_coverage=up / total, progress=False)
 

@@ -127,7 +127,11 @@ def test_an_input_of_fp32_is_no_treatment() -> None:
 
 
 def test_a_static_range_without_an_observer_has_the_default_one() -> None:
-    assert str(InputRule.parse("uint8/tensor")) == str(InputRule.parse("uint8/tensor static")) == "uint8/tensor static:minmax"
+    assert (
+        str(InputRule.parse("uint8/tensor"))
+        == str(InputRule.parse("uint8/tensor static"))
+        == "uint8/tensor static:minmax"
+    )
     assert str(InputRule.parse(" uint8/tensor  static:percentile(99.9) ")) == "uint8/tensor static:percentile(99.9)"
     assert InputRule.parse("int8/token").observer == ""
     with pytest.raises(FormatError, match="no static range"):
@@ -136,7 +140,7 @@ def test_a_static_range_without_an_observer_has_the_default_one() -> None:
 
 RULES = st.one_of(
     st.fixed_dictionaries(
-        {"weight": st.sampled_from(["int8", "int4/group32/asym", "nf4/group64/scale:int8", "bf16", "mxfp4", "int8/block2x4"])},
+        {"weight": st.sampled_from(["int8", "int4/group32/asym", "nf4/group64/scale:int8", "bf16", "mxfp4"])},
         optional={
             "layers": st.lists(st.sampled_from(["a.*", "b", "[cd]?"]), min_size=1, max_size=2),
             "type": st.sampled_from(["Linear", "Conv2d"]), "role": st.sampled_from(["embedding", "head"]),

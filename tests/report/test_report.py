@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from narrowcast.report import LayerOutcome, Report, Totals, format_bytes
 
 TOTALS = Totals(
-    quantized_parameters=900, coverage=0.95, integer_parameters=800, integer_macs=0.9, parameters=1000, bytes_before=4000,
-    bytes_after=1100, seconds=1.5, peak_memory_bytes=10**9, output_sqnr_db=math.inf, float_ms=2.0, quantized_ms=1.0,
+    quantized_parameters=900, coverage=0.95, integer_parameters=800, integer_macs=0.9, parameters=1000,
+    bytes_before=4000, bytes_after=1100, seconds=1.5, peak_memory_bytes=10**9, output_sqnr_db=math.inf, float_ms=2.0, quantized_ms=1.0,
     timed_samples=32, threads=1,
 )  # fmt: skip
 LAYERS = [
     LayerOutcome(
-        "body.0", "Linear", "quantized", spec="int8/channel", input="int8/token", method="rtn, plain error", parameters=900,
-        macs=9000, weight_sqnr_db=41.5, output_sqnr_db=-math.inf, bits_per_weight=8.25, bytes_before=3600, bytes_after=928,
-        kernel="linear_int8_dynamic[avx2]", seconds=0.1, float_ms=1.0, quantized_ms=0.5,
+        "body.0", "Linear", "quantized", spec="int8/channel", input="int8/token", method="rtn, plain error",
+        parameters=900, macs=9000, weight_sqnr_db=41.5, output_sqnr_db=-math.inf, bits_per_weight=8.25, bytes_before=3600,
+        bytes_after=928, kernel="linear_int8_dynamic[avx2]", seconds=0.1, float_ms=1.0, quantized_ms=0.5,
     ),
     LayerOutcome("body.1", "Linear", "fell back", "it never ran", spec="int8/channel", weight_sqnr_db=math.inf),
     LayerOutcome("table", "Embedding", "kept", "max_norm rescales rows", parameters=90),
@@ -71,8 +71,9 @@ def test_the_file_appears_whole(tmp_path: Path) -> None:
 
 def test_the_table_shows_every_layer_outcome_and_note() -> None:
     text = str(REPORT)
-    for part in ("body.0", "quantized", "int8/token", "8.25", "41.5 dB", "linear_int8_dynamic[avx2]", "2.00x", "fell back",
-                 "it never ran", "exact", "max_norm rescales rows", "norm.weight and 1 more", "4.00 kB -> 1.10 kB (27.5%)",
+    for part in ("body.0", "quantized", "int8/token", "8.25", "41.5 dB", "linear_int8_dynamic[avx2]", "2.00x",
+                 "fell back", "it never ran", "exact", "max_norm rescales rows", "norm.weight and 1 more",
+                 "4.00 kB -> 1.10 kB (27.5%)",
                  "95.0%", "90.0% of multiply-accumulates", "2.00 ms float32, 1.00 ms quantized: 2.00x", "1.5 s",
                  "a note [with brackets]"):  # fmt: skip
         assert part in text, part
@@ -80,7 +81,11 @@ def test_the_table_shows_every_layer_outcome_and_note() -> None:
 
 @pytest.mark.parametrize("name", ["[red]x[/red]", "a[/]b", "layers[0]", "x" * 300])
 def test_names_are_shown_as_they_are(name: str) -> None:
-    for row in (replace(LAYERS[0], layer=name), replace(LAYERS[0], reason=name), replace(LAYERS[3], layer=name, reason=name)):
+    for row in (
+        replace(LAYERS[0], layer=name),
+        replace(LAYERS[0], reason=name),
+        replace(LAYERS[3], layer=name, reason=name),
+    ):
         flat = "".join(character for character in str(replace(REPORT, layers=[row])) if character not in " │\n")
         assert flat.count(name[:20])
 

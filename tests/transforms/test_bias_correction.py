@@ -13,7 +13,6 @@ def bias_correction(expected: torch.Tensor, got: torch.Tensor, channel_dim: int)
     return ChannelError.of(expected, got, channel_dim).correction()
 
 
-
 def outputs(rows: int, channels: int = 5) -> torch.Tensor:
     return torch.randn(rows, channels, generator=torch.Generator().manual_seed(0))
 

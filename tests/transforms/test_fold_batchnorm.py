@@ -44,7 +44,9 @@ def test_arguments_are_not_changed() -> None:
     weight, bias = torch.randn(6, 4), torch.randn(6)
     copies = weight.clone(), bias.clone(), after.running_mean.clone()
     fold_batchnorm(weight, bias, statistics(after))
-    assert torch.equal(weight, copies[0]) and torch.equal(bias, copies[1]) and torch.equal(after.running_mean, copies[2])
+    assert (
+        torch.equal(weight, copies[0]) and torch.equal(bias, copies[1]) and torch.equal(after.running_mean, copies[2])
+    )
 
 
 def test_rounding_happens_once() -> None:

@@ -50,7 +50,9 @@ def test_the_product_with_divided_inputs_is_the_product(seed: int, channels: int
     weight = torch.randn(4, channels, generator=random, dtype=torch.float64)
     scale, _ = channel_scales(x.amin(0), x.amax(0), balance)
     ratio = (scale / scale.max()).double()
-    torch.testing.assert_close(linear(x / ratio, fold_input_scales(weight, scale)), linear(x, weight), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        linear(x / ratio, fold_input_scales(weight, scale)), linear(x, weight), atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -61,7 +63,9 @@ def test_grouped_convolutions_scale_the_channels_that_a_row_sees(groups: int) ->
     scale = torch.rand(6, generator=random) + 0.1
     folded = fold_input_scales(weight.reshape(12, -1), scale, groups).view(weight.shape)
     divided = x / (scale / scale.max()).double().view(6, 1, 1)
-    torch.testing.assert_close(conv2d(divided, folded, groups=groups), conv2d(x, weight, groups=groups), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        conv2d(divided, folded, groups=groups), conv2d(x, weight, groups=groups), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_arguments_are_not_changed() -> None:
