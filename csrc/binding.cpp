@@ -94,6 +94,13 @@ Tensor empty_tensor(const int64_t* sizes, int64_t dimensions, ScalarType type) {
   return Tensor(handle);
 }
 
+Contiguous int8_zero_points(const std::optional<Tensor>& zero_point, int64_t rows, const char* op) {
+  if (!zero_point.has_value()) return Contiguous();
+  check_tensor(*zero_point, ScalarType::Byte, 1, op, "zero_point");
+  check_length(*zero_point, rows, op, "zero_point");
+  return Contiguous(*zero_point);
+}
+
 InputRange::InputRange(const Tensor& inverse, const Tensor& zero_point, int64_t channels, const char* op) {
   check_tensor(inverse, ScalarType::Float, 1, op, "input_inverse");
   check_tensor(zero_point, ScalarType::Int, 1, op, "input_zero_point");

@@ -69,6 +69,9 @@ class Contiguous {
   const void* data_ = nullptr;
 };
 
+// The optional zero points of int8 rows, stored as zero point + 128 in uint8 [rows]; data() is null when absent.
+Contiguous int8_zero_points(const std::optional<Tensor>& zero_point, int64_t rows, const char* op);
+
 // How the caller fixed the codes of a static op's input: code = rne(x * inverse) + zero_point, clamped to 0..255, with
 // one pair for all channels or one per channel. Raises unless inverse > 0 and zero_point is in 0..255 everywhere.
 class InputRange {

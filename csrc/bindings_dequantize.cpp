@@ -21,19 +21,21 @@ void for_each_row(int64_t rows, int64_t columns, const OneRow& one_row) {
   });
 }
 
-Tensor dequantize_int8(const Tensor& weight, const Tensor& scale) {
+Tensor dequantize_int8(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& zero_point) {
   constexpr const char* op = "dequantize_int8";
   check_tensor(weight, ScalarType::Char, 2, op, "weight");
   check_tensor(scale, ScalarType::Float, 1, op, "scale");
   const int64_t rows = weight.size(0), columns = weight.size(1);
   check_length(scale, rows, op, "scale");
-  const Contiguous weights(weight), scales(scale);
+  const Contiguous weights(weight), scales(scale), zeros = int8_zero_points(zero_point, rows, op);
   const int64_t sizes[] = {rows, columns};
   Tensor out = empty_tensor(sizes, 2, FloatType::float32);
   auto* values = static_cast<float*>(out.mutable_data_ptr());
   const DequantizeKernels& kernels = kTiers.active();
   for_each_row(rows, columns, [&](int64_t row) {
-    kernels.int8_row(weights.data<int8_t>() + row * columns, scales.data<float>()[row], columns, values + row * columns);
+    const int32_t zero = zeros.data<uint8_t>() != nullptr ? zeros.data<uint8_t>()[row] - 128 : 0;
+    kernels.int8_row(weights.data<int8_t>() + row * columns, scales.data<float>()[row], zero, columns,
+                     values + row * columns);
   });
   return out;
 }

@@ -56,7 +56,7 @@ void for_each_position(int64_t count, int64_t columns, const LookUp& look_up) {
   });
 }
 
-Tensor embedding_int8(Tensor indices, Tensor weight, Tensor scale) {
+Tensor embedding_int8(Tensor indices, Tensor weight, Tensor scale, std::optional<Tensor> zero_point) {
   constexpr const char* op = "embedding_int8";
   check_tensor(weight, ScalarType::Char, 2, op, "weight");
   check_tensor(scale, ScalarType::Float, 1, op, "scale");
@@ -64,6 +64,7 @@ Tensor embedding_int8(Tensor indices, Tensor weight, Tensor scale) {
   NARROWCAST_CHECK(scale.size(0) == rows, op, "scale has ", scale.size(0), " entries for ", rows, " rows");
   NARROWCAST_CHECK(columns > 0, op, "weight ", shape_text(weight), " has no columns");
   const Indices index(op, indices, rows);
+  const Contiguous zeros = int8_zero_points(zero_point, rows, op);
   weight = as_contiguous(weight), scale = as_contiguous(scale);
   Tensor out = new_rows(op, indices, columns);
   const auto* codes = static_cast<const int8_t*>(weight.const_data_ptr());
@@ -72,7 +73,8 @@ Tensor embedding_int8(Tensor indices, Tensor weight, Tensor scale) {
   const DequantizeKernels& kernels = kTiers.active();
   for_each_position(index.count(), columns, [&](int64_t position) {
     const int64_t row = index.at(position);
-    kernels.int8_row(codes + row * columns, scales[row], columns, values + position * columns);
+    const int32_t zero = zeros.data<uint8_t>() != nullptr ? zeros.data<uint8_t>()[row] - 128 : 0;
+    kernels.int8_row(codes + row * columns, scales[row], zero, columns, values + position * columns);
   });
   return out;
 }

@@ -6,8 +6,8 @@
 namespace narrowcast {
 
 struct DequantizeKernels {
-  // out[column] = codes[column] * scale for one row.
-  void (*int8_row)(const int8_t* codes, float scale, int64_t columns, float* out);
+  // out[column] = (codes[column] - zero_point) * scale for one row.
+  void (*int8_row)(const int8_t* codes, float scale, int32_t zero_point, int64_t columns, float* out);
 
   // out[column] = (nibble - zero_point[g]) * scale[g], g = column / group, for one packed row; the scales are float16,
   // zero_point may be null for 8, and group is even unless it is the whole row.

@@ -18,6 +18,7 @@ from narrowcast.core import QuantSpec
 from narrowcast.errors import RecipeError
 from narrowcast.kernels import kernel_name
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
+from narrowcast.nn import INTEGER_MODES, activation_mode
 from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
 from narrowcast.report import format_bytes
 
@@ -175,12 +176,12 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
     assert spec is not None
     shape = (layer.shape[0], layer.shape[1])
     bits = spec.bits_per_value(shape)
-    mode = _mode(rule.input)
+    mode = activation_mode(None if rule.input is None else rule.input.spec)
     given, reason, kernel, integer = rule.input, "", "dequantized at each call, product in float", False
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
         given, kernel = None, "row lookup"
-    elif mode in ("dynamic", "static"):
+    elif mode in INTEGER_MODES:
         ops = {adapter.integer_op(site, spec, mode) for site in consumers}
         if None in ops:
             raise RecipeError(_no_kernel(layer, spec, rule))
@@ -193,21 +194,13 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
     return LayerPlan(layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer)
 
 
-def _mode(rule: InputRule | None) -> str:
-    if rule is None:
-        return "float"
-    if not rule.spec.format.scaled:
-        return "cast"
-    return "static" if rule.observer else "dynamic"
-
-
 def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:
     if layer.type in ("LSTM", "GRU"):
         remedy = "recurrent layers run with weight 'int8/channel' and input 'int8/token'"
     elif layer.type.startswith("Conv") and layer.type != "Conv1D":
         remedy = "convolutions run with weight 'int8/channel' and input 'int8/token' or 'uint8/tensor static:...'"
     else:
-        remedy = "linear layers run with 'int8/channel' and either input, or 'int4/group32[/asym]' and 'int8/token'"
+        remedy = "linear layers run with 'int8/channel' and any of these inputs, or 'int4/group32[/asym]' and 'int8/token'"
     return (
         f"layer {layer.name!r} ({layer.type}): no integer kernel multiplies weights in {str(spec)!r} with inputs in "
         f"{str(rule.input)!r}; {remedy}; or leave input out to multiply in float"

@@ -20,7 +20,7 @@ from narrowcast.cli.datasets import (
 )
 from narrowcast.cli.plan import RecipeOption
 from narrowcast.cli.sources import ModelArgument
-from narrowcast.errors import CheckpointError
+from narrowcast.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from narrowcast.report import Report
@@ -71,6 +71,7 @@ def quantize(
     result = nc.quantize(
         source.model, rules, calibration, strict=strict, min_coverage=min_coverage, progress=output.progress
     )
+    _check_something_done(result.report, source.kind, model)
     with output.working(f"saving {out}"):
         nc.save(result, out)
         if report is not None:
@@ -90,6 +91,17 @@ def _check_destinations(out: Path, report: Path | None) -> None:
         raise CheckpointError(f"--out {out} is not empty and no narrowcast checkpoint; choose another directory")
     if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
         raise CheckpointError(f"--report {report}: no file can be written there; name one in a directory that exists")
+
+
+def _check_something_done(report: Report, kind: str, model: str) -> None:
+    """A model in which nothing was quantized is no result, whatever the recipe leaves open."""
+    if report.totals.quantized_parameters:
+        return
+    reasons = sorted({row.reason for row in report.layers if row.reason})[:3]
+    remedy = "the report of narrowcast plan lists every layer"
+    if kind == "exported":
+        remedy = "a torch.export program has operators and no modules; give its module as package.module:factory"
+    raise ModelError(f"nothing in {model} was quantized ({'; '.join(reasons)}), so nothing was saved; {remedy}")
 
 
 def _show(output: Output, report: Report, out: Path) -> None:

@@ -197,9 +197,20 @@ def linear_int4_dynamic(
     return _finish(total, x, bias)
 
 
-def dequantize_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """Float32 weights [N, K] of int8 codes [N, K] with one float32 scale [N] per row."""
-    return weight.float() * scale[:, None]
+def dequantize_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Float32 weights of int8 codes.
+
+    Args:
+        weight:     [N, K] int8.
+        scale:      [N] float32.
+        zero_point: [N] uint8, the code of 0.0 with 128 added; None for symmetric codes.
+
+    Returns:
+        [N, K] float32: (code - zero point) * scale.
+    """
+    if zero_point is None:
+        return weight.float() * scale[:, None]
+    return (weight.to(torch.int16) - (zero_point.to(torch.int16) - 128)[:, None]).float() * scale[:, None]
 
 
 def dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
@@ -223,7 +234,7 @@ def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_dequantize_int8(weight: Tensor, scale: Tensor) -> Tensor:
+def _fake_dequantize_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     return scale.new_empty(weight.shape)
 
 
@@ -251,7 +262,12 @@ OPS = (
         linear_int4_dynamic,
         _fake_linear,
     ),
-    Op("dequantize_int8", "(Tensor weight, Tensor scale) -> Tensor", dequantize_int8, _fake_dequantize_int8),
+    Op(
+        "dequantize_int8",
+        "(Tensor weight, Tensor scale, Tensor? zero_point=None) -> Tensor",
+        dequantize_int8,
+        _fake_dequantize_int8,
+    ),
     Op(
         "dequantize_int4",
         "(Tensor weight, Tensor scale, Tensor? zero_point, int group, int columns) -> Tensor",

@@ -21,22 +21,24 @@ def _flat_indices(op: str, indices: Tensor, rows: int) -> Tensor:
     return flat
 
 
-def embedding_int8(indices: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def embedding_int8(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """Rows of an int8 table as float32.
 
     Args:
         indices: [...] int64 or int32 row numbers.
         weight:  [V, D] int8.
         scale:   [V] float32, one per row.
+        zero_point: [V] uint8, the code of 0.0 with 128 added; None for symmetric codes.
 
     Returns:
-        [..., D] float32: code * scale.
+        [..., D] float32: (code - zero point) * scale.
 
     Raises:
         RuntimeError: an index is out of range; the message names it and its position.
     """
     flat = _flat_indices("embedding_int8", indices, weight.shape[0])
-    return dequantize_int8(weight[flat], scale[flat]).reshape(*indices.shape, weight.shape[1])
+    zeros = None if zero_point is None else zero_point[flat]
+    return dequantize_int8(weight[flat], scale[flat], zeros).reshape(*indices.shape, weight.shape[1])
 
 
 def embedding_int4(
@@ -63,7 +65,7 @@ def embedding_int4(
     return dequantize_int4(weight[flat], scale[flat], zeros, group, dim).reshape(*indices.shape, dim)
 
 
-def _fake_int8(indices: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _fake_int8(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     return scale.new_empty((*indices.shape, weight.shape[1]))
 
 
@@ -74,7 +76,12 @@ def _fake_int4(
 
 
 OPS = (
-    Op("embedding_int8", "(Tensor indices, Tensor weight, Tensor scale) -> Tensor", embedding_int8, _fake_int8),
+    Op(
+        "embedding_int8",
+        "(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point=None) -> Tensor",
+        embedding_int8,
+        _fake_int8,
+    ),
     Op(
         "embedding_int4",
         "(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point, int group, int dim) -> Tensor",

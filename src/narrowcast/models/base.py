@@ -37,7 +37,7 @@ class Layer:
         type: type of the first site; "Parameter" for a weight that no supported module owns.
         shape: (out, in * kernel) of the weight matrix; the tensor's own shape for a "Parameter".
         sites: all uses; more than one for tied weights.
-        role: "embedding", "head" (maps features to an embedding's vocabulary) or "".
+        role: "embedding", "head" (maps features to an embedding's vocabulary), "tied" (both) or "".
         reason: why it cannot be quantized; empty when it can.
         bytes: bytes of the weight as it is.
     """

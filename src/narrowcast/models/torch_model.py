@@ -251,7 +251,7 @@ def _layer(tensor: Tensor, uses: list[tuple[Site, nn.Module]], vocabularies: set
     name = (site.path or kind.name) if len(shapes) == 1 else f"{site.path}.{site.parameter}".lstrip(".")
     role = ""
     if any(s.type == "Embedding" for s in places):
-        role = "embedding"
+        role = "embedding" if all(s.type == "Embedding" for s in places) else "tied"
     elif kind.name in ("Linear", "Conv1D") and shape[0] in vocabularies:
         role = "head"
     return Layer(name, kind.name, shape, places, role, reason, size)

@@ -1,6 +1,6 @@
 """Modules that take the place of float ones: one op call each, weights as records, settings as JSON."""
 
-from narrowcast.nn.activation import FLOAT, Activation, activation_spec
+from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation, activation_mode, activation_spec
 from narrowcast.nn.attention import MultiheadAttention
 from narrowcast.nn.base import InstalledModule, QuantizedModule, StoredWeight
 from narrowcast.nn.conv import ConvShape, QuantizedConv
@@ -23,6 +23,7 @@ MODULES: dict[str, type[InstalledModule]] = {
 
 __all__ = [
     "FLOAT",
+    "INTEGER_MODES",
     "MODULES",
     "Activation",
     "ConvShape",
@@ -36,6 +37,7 @@ __all__ = [
     "QuantizedRecurrent",
     "RecurrentShape",
     "StoredWeight",
+    "activation_mode",
     "activation_spec",
     "is_int8_per_channel",
     "linear_op",

@@ -29,12 +29,8 @@ class Activation:
 
     @property
     def mode(self) -> str:
-        """One of "float", "cast" (to a 16-bit float), "dynamic", "static"."""
-        if self.spec is None:
-            return "float"
-        if not self.spec.format.scaled:
-            return "cast"
-        return "dynamic" if isinstance(self.spec.granularity, PerToken) else "static"
+        """One of "float", "cast" (to a 16-bit float), "dynamic", "asymmetric" (dynamic with zero points), "static"."""
+        return activation_mode(self.spec)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` takes them back, but for the numbers, which are stored as tensors."""
@@ -61,10 +57,25 @@ class Activation:
 FLOAT = Activation()
 
 
+def activation_mode(spec: QuantSpec | None) -> str:
+    """See `Activation.mode`."""
+    if spec is None:
+        return "float"
+    if not spec.format.scaled:
+        return "cast"
+    if not isinstance(spec.granularity, PerToken):
+        return "static"
+    return "dynamic" if spec.symmetric else "asymmetric"
+
+
+INTEGER_MODES = ("dynamic", "asymmetric", "static")
+
+
 def activation_spec(text: str) -> QuantSpec:
     """The specs that inputs may have.
 
-    They are int8/token (a range per token or sample, found at run time), uint8/tensor and uint8/channel (static, one
+    They are int8/token and uint8/token (a range per token or sample, found at run time, the second with a zero point of
+    its own), uint8/tensor and uint8/channel (static, one
     range or one per input channel), bf16 and fp16 (a cast), fp32 (as it is).
 
     Raises:
@@ -72,12 +83,12 @@ def activation_spec(text: str) -> QuantSpec:
     """
     spec = QuantSpec.parse(text)
     name, granularity = spec.format.name, spec.granularity
-    dynamic = name == "int8" and isinstance(granularity, PerToken) and spec.symmetric
+    dynamic = isinstance(granularity, PerToken) and (name == "uint8" or (name == "int8" and spec.symmetric))
     static = name == "uint8" and isinstance(granularity, PerTensor | PerChannel)
     if dynamic or static or name in ("fp16", "bf16", "fp32"):
         return spec
     raise FormatError(
-        f"input {text!r}: no kernel takes such activations; use 'int8/token' (range found at run time), "
+        f"input {text!r}: no kernel takes such activations; use 'uint8/token' or 'int8/token' (range found at run time), "
         "'uint8/tensor static:<observer>' or 'uint8/channel static:minmax' (ranges from calibration), 'bf16', 'fp16', or "
         "leave input out for float"
     )

@@ -220,10 +220,10 @@ class StoredWeight:
         """The float32 weight [rows, columns], by the native kernel where there is one for this format."""
         number, granularity = self.spec.format, self.spec.granularity
         codes: Tensor = getattr(owner, f"{self.name}_codes")
-        if number.name == "int8" and self.spec.symmetric and isinstance(granularity, PerChannel):
+        if number.name == "int8" and isinstance(granularity, PerChannel) and self.spec.scale_format == "fp32":
             scale: Tensor = getattr(owner, f"{self.name}_scale")
-            if scale.dtype == torch.float32:
-                return torch.ops.narrowcast.dequantize_int8(codes, scale.view(-1))  # type: ignore[no-any-return]
+            zero = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point").view(-1)
+            return torch.ops.narrowcast.dequantize_int8(codes, scale.view(-1), zero)  # type: ignore[no-any-return]
         if self.runs_as_int4():
             zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
             return torch.ops.narrowcast.dequantize_int4(  # type: ignore[no-any-return]

@@ -43,7 +43,7 @@ class QuantizedEmbedding(QuantizedModule):
     def _choose_op(self) -> str | None:
         stored = self.stored("weight")
         spec = stored.spec
-        if spec.format.name == "int8" and spec.symmetric and isinstance(spec.granularity, PerChannel):
+        if spec.format.name == "int8" and isinstance(spec.granularity, PerChannel):
             return "embedding_int8" if spec.scale_format == "fp32" else None
         return "embedding_int4" if stored.runs_as_int4() else None
 
@@ -59,9 +59,11 @@ class QuantizedEmbedding(QuantizedModule):
         return {"spec": str(self.stored("weight").spec), "shape": shape, "padding_idx": self.padding_idx}
 
     def prepare_(self) -> None:
-        """A flat view of the scales for the int8 kernel."""
+        """Flat views of scales and zero points for the int8 kernel."""
         if self._op == "embedding_int8":
             self.register_buffer("kernel_scale", self.weight_scale.view(-1), persistent=False)
+            zero = None if self.stored("weight").spec.symmetric else self.weight_zero_point.view(-1)
+            self.register_buffer("kernel_zero", zero, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -77,7 +79,7 @@ class QuantizedEmbedding(QuantizedModule):
         """[...] integer -> [..., embedding_dim] float32."""
         if self._op == "embedding_int8":
             return torch.ops.narrowcast.embedding_int8(  # type: ignore[no-any-return]
-                indices, self.weight_codes, self.kernel_scale
+                indices, self.weight_codes, self.kernel_scale, self.kernel_zero
             )
         if self._op == "embedding_int4":
             return torch.ops.narrowcast.embedding_int4(  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from narrowcast.core import PerChannel, PerTensor, QuantizedTensor, QuantSpec
 from narrowcast.errors import DataError
 from narrowcast.kernels import kernel_name
-from narrowcast.nn.activation import FLOAT, Activation
+from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
 from narrowcast.nn.base import QuantizedModule, StoredWeight
 
 
@@ -22,12 +22,12 @@ def is_int8_per_channel(spec: QuantSpec) -> bool:
 
 def linear_op(spec: QuantSpec, shape: tuple[int, int], mode: str) -> str | None:
     """The integer op that multiplies a weight of `spec` with inputs of `mode`; None where there is none."""
-    if mode not in ("dynamic", "static"):
+    if mode not in INTEGER_MODES:
         return None
     if mode == "dynamic" and StoredWeight("weight", spec, shape).runs_as_int4():
         return "linear_int4_dynamic"
     if is_int8_per_channel(spec):
-        return f"linear_int8_{mode}"
+        return "linear_int8_static" if mode == "static" else "linear_int8_dynamic"
     return None
 
 
@@ -61,6 +61,7 @@ class QuantizedLinear(QuantizedModule):
         if bias is None and has_bias:
             bias = torch.empty(shape[0], device="meta")
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._symmetric = activation.mode == "dynamic"
         self._op = linear_op(spec, shape, activation.mode)
         if record is not None:
             self.prepare_()
@@ -105,7 +106,7 @@ class QuantizedLinear(QuantizedModule):
         """[..., in_features] -> [..., out_features] in the dtype of `x`."""
         if self._op == "linear_int8_dynamic":
             return torch.ops.narrowcast.linear_int8_dynamic(  # type: ignore[no-any-return]
-                x, self.kernel_codes, self.kernel_scale, self.kernel_sum, self.bias
+                x, self.kernel_codes, self.kernel_scale, self.kernel_sum, self.bias, self._symmetric
             )
         if self._op == "linear_int8_static":
             return torch.ops.narrowcast.linear_int8_static(  # type: ignore[no-any-return]

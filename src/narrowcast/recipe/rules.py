@@ -65,7 +65,7 @@ class Rule:
     Args:
         layers: glob patterns on the layer's name; empty matches every name.
         type: the layer's type ("Conv2d"); "" matches every type.
-        role: "embedding" or "head"; "" matches every role.
+        role: "embedding", "head" or "tied" (one weight for both); "" matches every role.
         weight: format of the weight; None only with `keep`.
         input: treatment of the input; None leaves it float.
         method: the weight solver and its options, e.g. {"rtn": {"range": "absmax"}}.
@@ -106,8 +106,8 @@ class Rule:
         texts = {"type": "", "role": "", "keep": ""} | {k: values[k] for k in ("type", "role", "keep") if k in values}
         for key, value in {**texts, **{f"layers[{i}]": text for i, text in enumerate(layers)}}.items():
             _check_text(key, value, where)
-        if texts["role"] not in ("", "embedding", "head"):
-            raise RecipeError(f"{where}: role {texts['role']!r} is not known; use 'embedding' or 'head'")
+        if texts["role"] not in ("", "embedding", "head", "tied"):
+            raise RecipeError(f"{where}: role {texts['role']!r} is not known; use 'embedding', 'head' or 'tied'")
         if not isinstance(values.get("optional", False), bool):
             raise RecipeError(f"{where}: optional is true or false, got {values['optional']!r}")
         if "keep" in values:
