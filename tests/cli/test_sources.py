@@ -60,6 +60,12 @@ def exported(tmp_path_factory):
     return path
 
 
+def test_quantizing_an_exported_program_says_that_it_has_no_modules(refused, exported, tmp_path):
+    message = refused("quantize", exported, "-r", "weight-int8", "-o", tmp_path / "out")
+    assert "no modules" in message
+    assert not (tmp_path / "out").exists()
+
+
 def changed(exported, tmp_path, member, content):
     """A copy of the archive with one member replaced or added."""
     path = tmp_path / "model.pt2"
