@@ -41,7 +41,7 @@ def quantized_models(kit: KitModel, presets: list[str], skipped: dict[str, str])
 
     models = {}
     for preset in presets:
-        data = kit.calibration() if preset.startswith("static") else None
+        data = kit.calibration()  # with data, convolutions may return channels-last tensors: it was tried on a batch
         try:
             models[preset] = nc.quantize(kit.build(), preset, data=data, progress=False).model
         except Exception as error:  # a benchmark reports whatever a preset raises, and goes on

@@ -100,7 +100,7 @@ def test_a_big_model_on_the_meta_device_is_planned_in_seconds() -> None:
     assert parameters > 7e9
     bodies = [row for row in plan.layers if row.layer.name.endswith("linear1")]
     assert {row.bits_per_weight for row in bodies} == {4.75}  # float16 scale and 8-bit zero point per 32
-    assert {row.layer.name: str(row.weight) for row in plan.layers}["head"] == "int8/channel"
+    assert {row.layer.name: str(row.weight) for row in plan.layers}["head"] == "int8/channel/asym"
     assert plan.bytes_after < 0.17 * plan.bytes_before
 
 
@@ -128,9 +128,9 @@ def test_a_layer_that_no_rule_matches_is_kept_and_says_so() -> None:
 
 
 def test_the_int4_presets_keep_tables_and_heads_in_int8() -> None:
-    for recipe in ("weight-int4", "dynamic-int4"):
+    for recipe, table in {"weight-int4": "int8/channel/asym", "dynamic-int4": "int8/channel"}.items():
         plan = rows(Small(), recipe)
-        assert str(plan["table"].weight) == "int8/channel" and str(plan["up"].weight) == "int4/group32/asym"
+        assert str(plan["table"].weight) == table and str(plan["up"].weight) == "int4/group32/asym"
 
 
 def test_tied_weights_are_one_row_that_names_all_its_places() -> None:

@@ -23,7 +23,7 @@ def test_the_spec_decides_the_mode(spec: str, mode: str) -> None:
     "int8", "int8/tensor", "int4/token", "int8/token/asym", "uint8/group32", "nf4/group32", "fp8_e4m3", "uint4/tensor",
 ])  # fmt: skip
 def test_inputs_that_no_kernel_takes_are_refused_with_those_that_are(spec: str) -> None:
-    with pytest.raises(FormatError, match=r"no kernel takes such activations; use 'int8/token'.*uint8/tensor static"):
+    with pytest.raises(FormatError, match=r"no kernel takes such activations; use 'uint8/token' or 'int8/token'.*uint8/tensor static"):
         activation_spec(spec)
 
 

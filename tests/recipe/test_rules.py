@@ -89,7 +89,7 @@ def test_patterns_tell_upper_from_lower_case() -> None:
     ({"weight": "int8", "layers": ["a", 3]}, r"layers\[1\] is a text, got 3"),
     ({"weight": "int8", "layers": []}, "layers"),
     ({"weight": "int8", "type": ["Linear"]}, "type is a text"),
-    ({"weight": "int8", "role": "tail"}, "role 'tail' is not known; use 'embedding' or 'head'"),
+    ({"weight": "int8", "role": "tail"}, "role 'tail' is not known; use 'embedding', 'head' or 'tied'"),
     ({"weight": "int8", "role": None}, "role is a text"),
     ({"weight": "int8", "optional": "yes"}, "optional is true or false, got 'yes'"),
     ({"keep": ""}, "'keep' is a reason in words"),
