@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import narrowcast as nc
 from narrowcast.core import QuantSpec, quantize
@@ -293,3 +293,68 @@ def test_a_deep_copy_of_a_quantized_model_is_a_model_of_its_own() -> None:
     for tensor in [*copied.buffers(), *copied.parameters()]:
         tensor.detach().zero_()
     assert torch.equal(quantized(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("prepare", [
+    nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+], ids=["weight norm", "spectral norm", "pruning"])  # fmt: skip
+def test_a_weight_that_a_hook_computes_is_listed_and_refused(prepare: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    prepare(model[0])
+    report = nc.quantize(model, "weight-int8", inplace=True, progress=False).report
+    kept = [row for row in report.layers if row.outcome == "kept"]
+    assert any(row.layer.startswith("0.weight_") for row in kept)
+    assert all("computed at each call" in row.reason for row in kept)
+    assert report.layers[-1].layer == "1" and report.layers[-1].outcome == "quantized"
+
+
+def test_a_module_whose_own_forward_was_exchanged_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].forward = lambda x: x  # type: ignore[method-assign]
+    layers = layers_of(model)
+    assert "has a forward of its own" in layers["0.weight"].reason and not layers["1"].reason
+
+
+def test_the_projection_of_an_attention_of_its_own_kind_is_refused() -> None:
+    class SelfAttention(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x, x, x)[0]
+
+    layers = layers_of(nn.Sequential(SelfAttention(8, 2)))
+    assert "without calling it" in layers["0.out_proj.weight"].reason
+    assert all(layer.reason for layer in layers.values())
+
+
+def test_tied_weights_that_are_read_in_different_layouts_are_refused() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Conv2d(8, 8, 3, bias=False), nn.ConvTranspose2d(8, 8, 3, bias=False)
+            self.up.weight = self.down.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x))
+
+    model = Autoencoder().eval()
+    layer = layers_of(model)["down"]
+    assert layer.reason == "tied to up: Conv2d and ConvTranspose2d read it in different layouts"
+    x = torch.randn(40, 8, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(nc.quantize(model, "static-int8", x, progress=False).model(x), model(x))
+
+
+def test_parameters_that_are_not_initialized_are_named() -> None:
+    with pytest.raises(ModelError, match=r"parameter '0.weight' is not initialized; run the model once first"):
+        TorchModel(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_hooks_of_a_layer_stay_with_what_takes_its_place() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    seen: list[str] = []
+    model[0].register_forward_hook(lambda module, given, output: seen.append(type(module).__name__))
+    model[0].register_forward_pre_hook(lambda module, given, named: seen.append("before"), with_kwargs=True)
+    quantized = nc.quantize(model, "dynamic-int8", progress=False).model
+    quantized(torch.ones(2, 4))
+    assert seen == ["before", "QuantizedLinear"]
+    assert len(model[0]._forward_hooks) == 1

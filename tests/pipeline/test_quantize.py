@@ -241,3 +241,42 @@ def test_progress_is_written_only_where_it_is_wanted(capsys: pytest.CaptureFixtu
     nc.quantize(model, "weight-int8", x)
     shown = capsys.readouterr()
     assert shown.out == "" and "quantizing" in shown.err and "calibrating" in shown.err
+
+
+class Normed(nn.Module):
+    """What is looked up and remembered meets layers that want it in the type of their own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(30, 32), nn.LayerNorm(32)
+        self.memory = nn.LSTM(32, 32, batch_first=True)
+        self.final, self.head = nn.LayerNorm(32), nn.Linear(32, 30)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.head(self.final(self.memory(self.norm(self.table(indices)))[1][0][-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_layers_that_stay_get_what_they_got_in_half_precision_models(recipe: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Normed().eval().to(dtype)
+    indices = torch.arange(200).view(40, 5) % 30
+    result = nc.quantize(model, recipe, indices, progress=False)
+    with torch.no_grad():
+        expected, got = model(indices), result.model(indices)
+    assert got.dtype == dtype and sqnr_db(expected.float(), got.float()) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ["weight-int8", "dynamic-int4", "static-int8"])
+def test_a_quantized_model_can_be_cast_to_half_precision(recipe: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    indices = torch.arange(200).view(40, 5) % 30
+    model = nc.quantize(Normed().eval(), recipe, indices, progress=False).model
+    with torch.no_grad():
+        expected = model(indices)
+        before = {key: value.dtype for key, value in model.head.state_dict().items()}
+        got = model.to(dtype)(indices)
+    assert got.dtype == dtype and sqnr_db(expected, got.float()) > 20
+    assert {key: value.dtype for key, value in model.head.state_dict().items()} == before

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.nn import (
@@ -102,7 +104,9 @@ def _conv_kind(name: str, dimensions: int) -> LayerKind:
         lambda module: {"weight": ConvShape.of(module).matrix},
         lambda module, parameter: ConvShape.of(module).to_matrix(module.weight),
         _build_conv,
-        lambda module, spec, mode: "conv2d_int8" if mode in ("dynamic", "static") and is_int8_per_channel(spec) else None,
+        lambda module, spec, mode: (
+            "conv2d_int8" if mode in ("dynamic", "static") and is_int8_per_channel(spec) else None
+        ),
         refuse=_refuse_conv,
         channel_dim=-1 - dimensions,
         kernel_elements=lambda module: ConvShape.of(module).kernel[0] * ConvShape.of(module).kernel[1],
@@ -111,7 +115,8 @@ def _conv_kind(name: str, dimensions: int) -> LayerKind:
 
 def _build_embedding(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedEmbedding:
     record = records["weight"]
-    return QuantizedEmbedding(record.spec, record.shape, record=record, padding_idx=module.padding_idx)
+    dtype = module.weight.dtype if module.weight.dtype.itemsize == 2 else torch.float32
+    return QuantizedEmbedding(record.spec, record.shape, record=record, padding_idx=module.padding_idx, dtype=dtype)
 
 
 def _build_recurrent(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedRecurrent:
@@ -158,15 +163,28 @@ KINDS: dict[type[nn.Module], LayerKind] = {
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The row for a module, its own type or a subclass that computes the same; None where there is none.
 
-    A subclass that brings a `forward` of its own computes something else, and a parametrized module computes its
-    weight anew at each call, so neither is replaced.
+    A module with a `forward` of its own computes something else, one whose weight is no parameter (parametrized,
+    pruned, weight norm by hooks) computes it anew at each call, and the output projection of an attention that was not
+    taken apart is never called, only read: none of these is replaced.
     """
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return _TRANSPOSED_LINEAR
     for base, kind in KINDS.items():
-        if isinstance(module, base) and type(module).forward is base.forward and not hasattr(module, "parametrizations"):
-            return kind
+        if isinstance(module, base):
+            is_plain = type(module).forward is base.forward and "forward" not in module.__dict__
+            return kind if is_plain and _owns_weights(module) and not _is_only_read(module) else None
     return None
+
+
+def _owns_weights(module: nn.Module) -> bool:
+    if hasattr(module, "parametrizations"):
+        return False
+    names = ("weight_ih_l0", "weight_hh_l0") if isinstance(module, nn.LSTM | nn.GRU) else ("weight",)
+    return all(module._parameters.get(name) is not None for name in names)
+
+
+def _is_only_read(module: nn.Module) -> bool:
+    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def why_unsupported(module: nn.Module, parameter: str) -> str:
@@ -174,7 +192,11 @@ def why_unsupported(module: nn.Module, parameter: str) -> str:
     name = type(module).__name__
     if hasattr(module, "parametrizations"):
         return f"{name} is parametrized: its weight is computed at each call; remove the parametrization first"
+    if _is_only_read(module):
+        return f"{name}: the attention around it multiplies with its weight without calling it"
     for base, kind in KINDS.items():
+        if isinstance(module, base) and not _owns_weights(module):
+            return f"{name}: its weight is computed at each call (weight norm, pruning); make it permanent first"
         if isinstance(module, base):
             return f"{name} has a forward of its own, so it is not the {kind.name} it derives from"
     if "Norm" in name:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.data import iterate
@@ -19,6 +20,12 @@ from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, Quant
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
 _SAMPLE_ELEMENTS = 1 << 20
+_HOOK_TABLES = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+# Types whose matrix is not the parameter as it lies: tied weights of such a type and another are not one matrix.
+_OTHER_LAYOUTS = frozenset({"Conv1D", "ConvTranspose2d"})
 
 
 class TorchModel(ModelAdapter):
@@ -34,6 +41,8 @@ class TorchModel(ModelAdapter):
             raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load or build the model first")
         if any(isinstance(module, InstalledModule) for module in model.modules()):
             raise ModelError("the model is quantized already; start from the float model")
+        if lazy := next((name for name, tensor in model.named_parameters() if is_lazy(tensor)), ""):
+            raise ModelError(f"parameter {lazy!r} is not initialized; run the model once first")
         self.original = model
         self.model = model if inplace else _structural_copy(model)
         self.notes: list[str] = []
@@ -125,7 +134,10 @@ class TorchModel(ModelAdapter):
 
     def install(self, path: str, module: nn.Module) -> None:
         """See `ModelAdapter`."""
-        self.model = replace_everywhere_(self.model, get_module(self.model, path), module)
+        replaced = get_module(self.model, path)
+        for table in _HOOK_TABLES:  # what watched or prepared the float module does so with the new one
+            getattr(module, table).update(getattr(replaced, table))
+        self.model = replace_everywhere_(self.model, replaced, module)
 
     def detach_(self) -> None:
         """Give the working copy tensors of its own: nothing is shared with the caller's model afterwards."""
@@ -240,10 +252,14 @@ def _layer(tensor: Tensor, uses: list[tuple[Site, nn.Module]], vocabularies: set
     size = tensor.numel() * tensor.element_size()
     kind = kind_of(module)
     reason = next((why_unsupported(m, s.parameter) for s, m in uses if kind_of(m) is None), "")
+    types = {use.type for use in places}
+    if not reason and len(types) > 1 and types & _OTHER_LAYOUTS:
+        reason = f"{' and '.join(sorted(types))} read it in different layouts"
     if reason and len(uses) > 1:
         reason = f"tied to {', '.join(s.path for s in places[1:])}: {reason}"
     if kind is None:
-        return Layer(f"{site.path}.{site.parameter}".lstrip("."), "Parameter", tuple(tensor.shape), places, "", reason, size)
+        name = f"{site.path}.{site.parameter}".lstrip(".")
+        return Layer(name, "Parameter", tuple(tensor.shape), places, "", reason, size)
     shapes = kind.shapes(module)
     shape = shapes[site.parameter]
     if not reason:

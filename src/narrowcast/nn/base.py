@@ -7,6 +7,7 @@ layout that is independent of any kernel; what a kernel wants besides is derived
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,16 @@ class QuantizedModule(InstalledModule):
     @abstractmethod
     def kernel(self) -> str:
         """The op and instruction set that runs, or the torch function where there is no op."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        """Moves to devices as other modules do; `half()` and the like leave scales and biases as they are."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
 
     def quantized_weights(self) -> dict[str, QuantizedTensor]:
         """The weights as records, by name; codes unpacked, shapes [out, in * kernel]."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowcast.core import PerChannel, PerGroup, QuantizedTensor, QuantSpec
+from narrowcast.core import FORMATS, PerChannel, PerGroup, QuantizedTensor, QuantSpec
 from narrowcast.kernels import kernel_name
 from narrowcast.nn.base import QuantizedModule
+
+_NAMES = {FORMATS[name].storage: name for name in ("fp32", "fp16", "bf16")}
 
 
 class QuantizedEmbedding(QuantizedModule):
@@ -20,6 +23,7 @@ class QuantizedEmbedding(QuantizedModule):
         shape: (num_embeddings, embedding_dim).
         record: the table; None leaves empty buffers on the meta device, for loading.
         padding_idx: kept for code that reads it; it has no effect on inference.
+        dtype: of the rows that are looked up: float32, or float16 or bfloat16 as the float table's.
     """
 
     kind = "Embedding"
@@ -31,10 +35,11 @@ class QuantizedEmbedding(QuantizedModule):
         *,
         record: QuantizedTensor | None = None,
         padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = shape
-        self.padding_idx = padding_idx
+        self.padding_idx, self.dtype = padding_idx, dtype
         self.add_weight("weight", spec, shape, record)
         self._op = self._choose_op()
         if record is not None:
@@ -51,12 +56,14 @@ class QuantizedEmbedding(QuantizedModule):
     def from_config(cls, config: dict[str, Any]) -> QuantizedEmbedding:
         """See `InstalledModule`."""
         rows, columns = config["shape"]
-        return cls(QuantSpec.parse(config["spec"]), (rows, columns), padding_idx=config["padding_idx"])
+        dtype = FORMATS[config["dtype"]].storage
+        return cls(QuantSpec.parse(config["spec"]), (rows, columns), padding_idx=config["padding_idx"], dtype=dtype)
 
     def config(self) -> dict[str, Any]:
         """See `InstalledModule`."""
         shape = [self.num_embeddings, self.embedding_dim]
-        return {"spec": str(self.stored("weight").spec), "shape": shape, "padding_idx": self.padding_idx}
+        spec, dtype = str(self.stored("weight").spec), _NAMES[self.dtype]
+        return {"spec": spec, "shape": shape, "padding_idx": self.padding_idx, "dtype": dtype}
 
     def prepare_(self) -> None:
         """Flat views of scales and zero points for the int8 kernel."""
@@ -67,8 +74,15 @@ class QuantizedEmbedding(QuantizedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The float32 table, computed anew at every access; writing to it has no effect."""
-        return self.stored("weight").dequantize(self)
+        """The table in `dtype`, computed anew at every access; writing to it has no effect."""
+        return self.stored("weight").dequantize(self).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        # a model that is cast looks up rows of its new type
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = dtype if dtype in _NAMES else self.dtype
+        super()._apply(fn, recurse)
+        return self
 
     @property
     def kernel(self) -> str:
@@ -76,7 +90,11 @@ class QuantizedEmbedding(QuantizedModule):
         return kernel_name(self._op) if self._op is not None else "torch row lookup, rows dequantized at each call"
 
     def forward(self, indices: Tensor) -> Tensor:
-        """[...] integer -> [..., embedding_dim] float32."""
+        """[...] integer -> [..., embedding_dim] in `dtype`."""
+        rows = self._look_up(indices)
+        return rows if rows.dtype == self.dtype else rows.to(self.dtype)
+
+    def _look_up(self, indices: Tensor) -> Tensor:
         if self._op == "embedding_int8":
             return torch.ops.narrowcast.embedding_int8(  # type: ignore[no-any-return]
                 indices, self.weight_codes, self.kernel_scale, self.kernel_zero

@@ -279,7 +279,7 @@ class QuantizedRecurrent(QuantizedModule):
             y, *last = function(x, torch.tensor(sizes), hidden, *common)
         else:
             y, *last = function(x, hidden, *common, False)
-        return y.to(sequence.dtype), last
+        return y.to(sequence.dtype), [s.to(sequence.dtype) for s in last]
 
     def _as_output(self, states: list[Tensor]) -> State:
         return (states[0], states[1]) if self.shape.cell == "LSTM" else states[0]
