@@ -95,7 +95,7 @@ def test_tied_weights_are_one_layer_with_all_their_sites() -> None:
     table = layers_of(Everything())["table"]
     assert table.sites == (Site("table", "weight", "Embedding"), Site("head", "weight", "Linear"))
     assert table.types == {"Embedding", "Linear"}
-    assert table.role == "embedding"
+    assert table.role == "tied"
 
 
 def test_a_shared_module_is_one_layer() -> None:

@@ -54,6 +54,12 @@ def as_the_kernel_sees(x: Tensor, activation: Activation, channel_dim: int, *, g
     if activation.mode == "dynamic" and group:
         pieces = [as_the_kernel_sees(part, activation, channel_dim) for part in x.split(group, -1)]
         return torch.cat(pieces, -1)
+    if activation.mode == "asymmetric":
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = high / 255 - low / 255
+        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+        zero = (-low * inverse).round().clamp(max=255)
+        return (x * inverse).clamp(-zero, 255 - zero).round() * scale
     if activation.mode == "dynamic":
         dims = (-1,) if channel_dim == -1 else tuple(range(1, x.dim()))
         absmax = x.abs().amax(dims, keepdim=True)

@@ -11,7 +11,8 @@ from narrowcast.nn import FLOAT, Activation, activation_spec
 
 
 @pytest.mark.parametrize(("spec", "mode"), [
-    ("fp16", "cast"), ("bf16", "cast"), ("int8/token", "dynamic"), ("uint8/tensor", "static"),
+    ("fp16", "cast"), ("bf16", "cast"), ("int8/token", "dynamic"), ("uint8/token", "asymmetric"),
+    ("uint8/tensor", "static"),
     ("uint8/channel", "static"),
 ])  # fmt: skip
 def test_the_spec_decides_the_mode(spec: str, mode: str) -> None:
@@ -23,7 +24,9 @@ def test_the_spec_decides_the_mode(spec: str, mode: str) -> None:
     "int8", "int8/tensor", "int4/token", "int8/token/asym", "uint8/group32", "nf4/group32", "fp8_e4m3", "uint4/tensor",
 ])  # fmt: skip
 def test_inputs_that_no_kernel_takes_are_refused_with_those_that_are(spec: str) -> None:
-    with pytest.raises(FormatError, match=r"no kernel takes such activations; use 'uint8/token' or 'int8/token'.*uint8/tensor static"):
+    with pytest.raises(
+        FormatError, match=r"no kernel takes such activations; use 'uint8/token' or 'int8/token'.*uint8/tensor static"
+    ):
         activation_spec(spec)
 
 

@@ -28,6 +28,7 @@ EVERY_FORMAT = (
 INT8_PER_ROW = ("int8", "int8/tensor", "int6", "int5", "int4", "int3", "int2", "int8/scale:fp16")
 INT4_IN_GROUPS = ("int4/group32", "int4/group32/asym", "int4/group64", "int4/scale:fp16", "int4/asym/scale:fp16")
 DYNAMIC = Activation(QuantSpec.parse("int8/token"))
+ASYMMETRIC = Activation(QuantSpec.parse("uint8/token"))
 
 
 def made(spec: str, rows: int, columns: int, activation: Activation = FLOAT, *, bias: bool = True) -> QuantizedLinear:
@@ -59,11 +60,13 @@ def test_cast_inputs_multiply_in_the_target_dtype(spec: str, target: str) -> Non
 
 @pytest.mark.parametrize("spec", INT8_PER_ROW)
 @pytest.mark.parametrize("bias", [True, False])
-def test_dynamic_inputs_have_a_range_per_token(spec: str, bias: bool) -> None:
-    x = noise(2, 7, 77) * torch.logspace(-3, 2, 7)[:, None]
-    module = made(spec, 9, 77, DYNAMIC, bias=bias)
+@pytest.mark.parametrize("activation", [DYNAMIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_dynamic_inputs_have_a_range_per_token(spec: str, bias: bool, activation: Activation) -> None:
+    x = (noise(2, 7, 77) + 0.7) * torch.logspace(-3, 2, 7)[:, None]
+    x[0, 3], x[1, 3] = x[0, 3].abs(), 0.0  # a range that begins at zero, and none at all
+    module = made(spec, 9, 77, activation, bias=bias)
     assert module.kernel.startswith("linear_int8_dynamic")
-    expected = linear(as_the_kernel_sees(x, DYNAMIC, -1).double(), module.weight.double(), None)
+    expected = linear(as_the_kernel_sees(x, activation, -1).double(), module.weight.double(), None)
     expected = expected if module.bias is None else expected + module.bias.double()
     for token in range(7):
         close(module(x)[:, token], expected.float()[:, token])
@@ -147,11 +150,12 @@ def test_settings_and_stored_tensors_rebuild_the_module(spec: str) -> None:
     assert torch.equal(again(x := noise(3, 76)), module(x))
 
 
-@pytest.mark.parametrize("per_channel", [None, False, True])
+@pytest.mark.parametrize("mode", ["symmetric", "asymmetric", "static tensor", "static channel"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_integer_modules_rebuild_to_the_bit(per_channel: bool | None, bias: bool) -> None:
+def test_integer_modules_rebuild_to_the_bit(mode: str, bias: bool) -> None:
     x = noise(4, 33)
-    activation = DYNAMIC if per_channel is None else static_activation(x, -1, per_channel=per_channel)
+    static = static_activation(x, -1, per_channel=mode == "static channel")
+    activation = {"symmetric": DYNAMIC, "asymmetric": ASYMMETRIC}.get(mode, static)
     module = made("int8", 6, 33, activation, bias=bias)
     again = restored(module)
     assert torch.equal(again(x), module(x))
@@ -186,6 +190,8 @@ def test_the_integer_op_is_chosen_by_format_and_treatment() -> None:
         dynamic = "linear_int8_dynamic" if spec in INT8_PER_ROW else None
         dynamic = "linear_int4_dynamic" if spec in INT4_IN_GROUPS else dynamic
         assert linear_op(parsed, (10, 76), "dynamic") == dynamic, spec
+        asymmetric = "linear_int8_dynamic" if spec in (*INT8_PER_ROW, "int4/scale:fp16") else None
+        assert linear_op(parsed, (10, 76), "asymmetric") == asymmetric, spec
         static = "linear_int8_static" if spec in (*INT8_PER_ROW, "int4/scale:fp16") else None
         assert linear_op(parsed, (10, 76), "static") == static, spec
         assert linear_op(parsed, (10, 76), "float") is linear_op(parsed, (10, 76), "cast") is None
