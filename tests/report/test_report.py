@@ -22,7 +22,8 @@ LAYERS = [
     LayerOutcome(
         "body.0", "Linear", "quantized", spec="int8/channel", input="int8/token", method="rtn, plain error",
         parameters=900, macs=9000, weight_sqnr_db=41.5, output_sqnr_db=-math.inf, bits_per_weight=8.25,
-        bytes_before=3600, bytes_after=928, kernel="linear_int8_dynamic[avx2]", seconds=0.1, float_ms=1.0, quantized_ms=0.5,
+        bytes_before=3600, bytes_after=928, kernel="linear_int8_dynamic[avx2]", seconds=0.1, float_ms=1.0,
+        quantized_ms=0.5,
     ),
     LayerOutcome("body.1", "Linear", "fell back", "it never ran", spec="int8/channel", weight_sqnr_db=math.inf),
     LayerOutcome("table", "Embedding", "kept", "max_norm rescales rows", parameters=90),
