@@ -268,10 +268,11 @@ def row_sums(codes: Tensor, factors: Tensor | None = None) -> Tensor:
         factors: [1 or rows, columns] int32.
     """
     height = max(1, (1 << 16) // max(codes.shape[1], 1))
-    sums = []
+    # into one tensor: small results that live on between the strips keep the allocator from using their memory again
+    sums = codes.new_zeros(codes.shape[0], dtype=torch.int32)
     for start in range(0, codes.shape[0], height):
         strip = codes[start : start + height]
         if factors is not None:
             strip = strip.to(torch.int32) * (factors if factors.shape[0] == 1 else factors[start : start + height])
-        sums.append(strip.sum(1, dtype=torch.int32))
-    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int32)
+        torch.sum(strip, 1, dtype=torch.int32, out=sums[start : start + height])
+    return sums
