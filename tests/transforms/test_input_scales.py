@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d, linear
 
-from narrowcast.transforms import channel_scales, fold_input_scales
+from narrowcast.transforms import channel_scales, fold_input_scales, with_headroom
 
 LOW = torch.tensor([-1.0, 0.0, -4.0, 0.5, 0.0, -3.0])
 HIGH = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0, -1.0])
@@ -74,3 +74,11 @@ def test_arguments_are_not_changed() -> None:
     fold_input_scales(weight, scale)
     channel_scales(low, high, 1.0)
     assert torch.equal(weight, torch.ones(2, 6)) and torch.equal(low, LOW) and torch.equal(high, HIGH)
+
+
+def test_headroom_widens_free_bounds_only_and_not_beyond_the_widest_channel() -> None:
+    low, high = torch.tensor([0.0, -1.0, -2.0]), torch.tensor([4.0, 3.8, 1.0])
+    walls = (torch.tensor([True, False, True]), torch.tensor([False, False, True]))
+    wider_low, wider_high = with_headroom(low, high, walls)
+    assert wider_low.tolist() == [0.0, -1.25, -2.0]
+    assert wider_high.tolist() == [4.0, 4.0, 1.0]

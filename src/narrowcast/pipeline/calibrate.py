@@ -19,7 +19,7 @@ from narrowcast.models import Layer, Observation, TorchModel
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
 from narrowcast.plan import LayerPlan, Plan
-from narrowcast.transforms import channel_scales
+from narrowcast.transforms import channel_scales, with_headroom
 
 
 @dataclass
@@ -167,7 +167,8 @@ def activations_of(adapter: TorchModel, row: LayerPlan, path: str, calibration: 
     if not calibration.ran(path):
         return [(Activation(QuantSpec.parse("int8/token")), "int8/token")]
     if path in calibration.channel_ranges:
-        low, high = calibration.channel_ranges[path].result()
+        observed = calibration.channel_ranges[path]
+        low, high = with_headroom(*observed.result(), observed.walls())
         text = f"{row.input.spec} [{float(low.min()):.4g}, {float(high.max()):.4g}]"
         balances = (1.0,) if adapter.is_depthwise(row.layer.sites[0]) else (1.0, 0.75, 0.5)
         scales = [(balance, channel_scales(low, high, balance)) for balance in balances]
