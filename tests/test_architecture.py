@@ -28,7 +28,7 @@ FLOORS = (
     {"data"},
     {"models"},
     {"recipe"},
-    {"plan", "pipeline", "qat", "tune", "evaluate", "verify", "export"},
+    {"planning", "pipeline", "qat", "tune", "evaluate", "verify", "export"},
     {"demo"},
     {"cli", "__main__"},
 )

@@ -5,13 +5,15 @@
     quantized = nc.quantize(model, "dynamic-int8")
     print(quantized.report)
     nc.save(quantized, "model-int8")
+
+Every public name is imported when it is first used: a command that only prints a number does not wait for torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from narrowcast import kernels
 from narrowcast.errors import (
     CheckpointError,
     ContractError,
@@ -22,16 +24,31 @@ from narrowcast.errors import (
     NarrowcastError,
     RecipeError,
 )
-from narrowcast.export import load, save
-from narrowcast.pipeline import Quantized, quantize
-from narrowcast.plan import Plan, plan
-from narrowcast.recipe import Recipe, Rule
-from narrowcast.report import Report
 
 if TYPE_CHECKING:
+    from narrowcast import kernels
     from narrowcast.evaluate import Comparison, compare
+    from narrowcast.export import load, save
+    from narrowcast.pipeline import Quantized, quantize
+    from narrowcast.planning import Plan, plan
+    from narrowcast.recipe import Recipe, Rule
+    from narrowcast.report import Report
 
 __version__ = "0.1.0"
+
+_ROOMS = {
+    "Comparison": "evaluate",
+    "Plan": "planning",
+    "Quantized": "pipeline",
+    "Recipe": "recipe",
+    "Report": "report",
+    "Rule": "recipe",
+    "compare": "evaluate",
+    "load": "export",
+    "plan": "planning",
+    "quantize": "pipeline",
+    "save": "export",
+}
 
 __all__ = [
     "CheckpointError",
@@ -59,9 +76,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`compare` brings SciPy's statistics, which take longer to import than a checkpoint takes to load: on first use."""
-    if name in ("compare", "Comparison"):
-        from narrowcast import evaluate
+    """A public name on its first use."""
+    if name == "kernels":
+        return importlib.import_module("narrowcast.kernels")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'narrowcast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"narrowcast.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(evaluate, name)
-    raise AttributeError(f"module 'narrowcast' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

@@ -18,7 +18,7 @@ from narrowcast.methods import Seen
 from narrowcast.models import Layer, Observation, TorchModel
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
-from narrowcast.plan import LayerPlan, Plan
+from narrowcast.planning import LayerPlan, Plan
 from narrowcast.transforms import channel_scales, with_headroom
 
 

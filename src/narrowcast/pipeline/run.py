@@ -22,7 +22,7 @@ from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls
 from narrowcast.pipeline.solve import check_finite, solve
-from narrowcast.plan import LayerPlan, Plan, make_plan
+from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
 from narrowcast.report import LayerOutcome, Report, Totals

@@ -16,7 +16,7 @@ from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
 from narrowcast.pipeline.calibrate import Calibration, activations_of, seen_by
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_module
-from narrowcast.plan import LayerPlan, Plan
+from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
 from narrowcast.transforms import ChannelError, fold_input_scales
