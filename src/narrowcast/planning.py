@@ -93,7 +93,9 @@ class Plan:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        table = Table(title=Text(f"plan for {self.model}, recipe {self.recipe.name or 'unnamed'}"), title_justify="left")
+        table = Table(
+            title=Text(f"plan for {self.model}, recipe {self.recipe.name or 'unnamed'}"), title_justify="left"
+        )
         table.add_column("layer", overflow="fold")
         for name in ("shape", "weight", "input"):
             table.add_column(name)
@@ -200,7 +202,9 @@ def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:
     elif layer.type.startswith("Conv") and layer.type != "Conv1D":
         remedy = "convolutions run with weight 'int8/channel' and input 'int8/token' or 'uint8/tensor static:...'"
     else:
-        remedy = "linear layers run with 'int8/channel' and any of these inputs, or 'int4/group32[/asym]' and 'int8/token'"
+        remedy = (
+            "linear layers run with 'int8/channel' and any of these inputs, or 'int4/group32[/asym]' and 'int8/token'"
+        )
     return (
         f"layer {layer.name!r} ({layer.type}): no integer kernel multiplies weights in {str(spec)!r} with inputs in "
         f"{str(rule.input)!r}; {remedy}; or leave input out to multiply in float"

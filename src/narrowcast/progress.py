@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Step(Protocol):
     """Tell what is worked on; `advance` counts one unit as done."""
 
-    def __call__(self, text: str, *, advance: int = 1) -> None: ...
+    def __call__(self, text: str, *, advance: int = 1) -> None:
+        """Show `text`, and count `advance` units as done."""
 
 
 @contextmanager
@@ -35,7 +36,13 @@ def progress_steps(title: str, total: int, *, enabled: bool) -> Iterator[Step]:
         yield lambda text, *, advance=1: None
         print(f"{title}: done", file=sys.stderr)
         return
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda text, *, advance=1: bar.update(task, description=text, advance=advance)

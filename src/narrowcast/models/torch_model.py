@@ -180,7 +180,7 @@ class _Hook:
         for watcher in self.watchers:
             try:
                 watcher(x.detach().movedim(self.kind.channel_dim, -1))
-            except DataError as error:
+            except DataError as error:  # noqa: PERF203
                 raise DataError(f"layer {self.path!r}, batch {self.seen.batches}: {error}") from None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

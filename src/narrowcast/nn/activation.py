@@ -48,7 +48,7 @@ class Activation:
         return cls(spec, scale, torch.empty(channels, dtype=torch.uint8, device="meta"))
 
     def ratio(self) -> Tensor | None:
-        """[channels] scale of each channel relative to the largest, which the weight has taken in; None for one scale."""
+        """[channels] scale of each channel relative to the largest, taken in by the weight; None for one scale."""
         if self.scale is None or self.scale.numel() == 1:
             return None
         return self.scale / self.scale.max()
@@ -88,7 +88,7 @@ def activation_spec(text: str) -> QuantSpec:
     if dynamic or static or name in ("fp16", "bf16", "fp32"):
         return spec
     raise FormatError(
-        f"input {text!r}: no kernel takes such activations; use 'uint8/token' or 'int8/token' (range found at run time), "
-        "'uint8/tensor static:<observer>' or 'uint8/channel static:minmax' (ranges from calibration), 'bf16', 'fp16', or "
-        "leave input out for float"
+        f"input {text!r}: no kernel takes such activations; use 'uint8/token' or 'int8/token' (range found at run "
+        "time), 'uint8/tensor static:<observer>' or 'uint8/channel static:minmax' (ranges from calibration), 'bf16', "
+        "'fp16', or leave input out for float"
     )

@@ -26,6 +26,10 @@ class MultiheadAttention(InstalledModule):
     """
 
     kind = "MultiheadAttention"
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
+    q_proj: Any
+    out_proj: Any
     # torch's TransformerEncoderLayer takes its own fused path, past these modules, unless this is False
     _qkv_same_embed_dim = False
 
@@ -50,7 +54,9 @@ class MultiheadAttention(InstalledModule):
         widths = {"q_proj": embed_dim, "k_proj": kdim, "v_proj": vdim, "out_proj": embed_dim}
         for name, width in widths.items():
             self.add_module(name, nn.Linear(width, embed_dim, bias=bias, device=device))
-        rows = [nn.Parameter(torch.empty(1, 1, embed_dim, device=device)) for _ in range(2)] if extra_key else [None, None]
+        rows = (
+            [nn.Parameter(torch.empty(1, 1, embed_dim, device=device)) for _ in range(2)] if extra_key else [None, None]
+        )
         self.bias_k, self.bias_v = rows
 
     @classmethod
@@ -71,7 +77,7 @@ class MultiheadAttention(InstalledModule):
             linear = getattr(made, name)
             linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
             linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        made.bias_k, made.bias_v = module.bias_k, module.bias_v
+        made.bias_k, made.bias_v = module.bias_k, module.bias_v  # type: ignore[assignment]
         return made.train(module.training)
 
     @classmethod

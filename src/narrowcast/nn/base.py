@@ -60,6 +60,8 @@ class QuantizedModule(InstalledModule):
     """
 
     weight_names: tuple[str, ...] = ("weight",)
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
     @property
     @abstractmethod
@@ -113,7 +115,7 @@ class QuantizedModule(InstalledModule):
         codes = record.codes
         scale = record.scale.expand(codes.shape[0], 1).reshape(-1)
         terms = {"kernel_codes": codes, "kernel_sum": row_sums(codes)}
-        if self.input_scale is not None:
+        if self.input_scale is not None and self.input_zero_point is not None:
             zero = self.input_zero_point.to(torch.int32)
             scale = scale * self.input_scale.max()
             terms["kernel_zero_sum"] = terms["kernel_sum"] * zero[0]
@@ -164,6 +166,7 @@ class StoredWeight:
         rows, columns = self.shape
         number = self.spec.format
         if number.bits < 8:
+            parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]
             parts = {"codes": (torch.uint8, (rows, packed_width(columns, number.bits)))}
         else:
             parts = {"codes": (number.storage, self.shape)}
@@ -180,7 +183,9 @@ class StoredWeight:
 
     def empty(self) -> dict[str, Tensor]:
         """Buffers of the right dtype and shape on the meta device."""
-        return {suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, (dtype, shape) in self.layout().items()}
+        return {
+            suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, (dtype, shape) in self.layout().items()
+        }
 
     def encode(self, record: QuantizedTensor) -> dict[str, Tensor]:
         """The stored tensors of a record; zero points are stored as `zero_point - format.low`, an unsigned byte."""

@@ -105,7 +105,8 @@ class ConvShape:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ConvShape:
         """The geometry that `to_dict` described."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**fields)
 
 
 def _pair(value: int | tuple[int, ...], filler: int) -> tuple[int, int]:
@@ -127,6 +128,8 @@ class QuantizedConv(QuantizedModule):
     """
 
     kind = "Conv"
+    weight_codes: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -210,7 +213,7 @@ class QuantizedConv(QuantizedModule):
         return f"torch convolution{target}, weight dequantized at each call"
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """[batch, in_channels, *spatial] -> [batch, out_channels, *spatial] in the dtype of `x`; unbatched input too."""
+        """[batch, in_channels, *spatial] -> [batch, out_channels, *spatial] in x's dtype; unbatched input too."""
         unbatched = x.dim() == self.shape.dimensions + 1
         images = x.unsqueeze(0) if unbatched else x
         images = images.unsqueeze(-2) if self.shape.dimensions == 1 else images

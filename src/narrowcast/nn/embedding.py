@@ -27,6 +27,8 @@ class QuantizedEmbedding(QuantizedModule):
     """
 
     kind = "Embedding"
+    weight_scale: Tensor
+    weight_zero_point: Tensor
 
     def __init__(
         self,

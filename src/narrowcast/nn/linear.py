@@ -43,6 +43,8 @@ class QuantizedLinear(QuantizedModule):
     """
 
     kind = "Linear"
+    weight_codes: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class QuantizedLinear(QuantizedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The float32 weight [out_features, in_features], computed anew at every access; writing to it has no effect."""
+        """The float32 weight [out_features, in_features], computed at every access; writing to it has no effect."""
         return self.float_weight("weight")
 
     @property
@@ -134,4 +136,5 @@ class QuantizedLinear(QuantizedModule):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{self.in_features}, {self.out_features}, weight={self.stored('weight').spec}, input={self.activation.mode}"
+        spec = self.stored("weight").spec
+        return f"{self.in_features}, {self.out_features}, weight={spec}, input={self.activation.mode}"

@@ -169,9 +169,7 @@ class QuantizedRecurrent(QuantizedModule):
     def flatten_parameters(self) -> None:
         """Does nothing; torch's module has it, and models call it."""
 
-    def forward(
-        self, x: Tensor | PackedSequence, state: State | None = None
-    ) -> tuple[Tensor | PackedSequence, State]:
+    def forward(self, x: Tensor | PackedSequence, state: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As `nn.LSTM` and `nn.GRU`: (output, h_n) or (output, (h_n, c_n))."""
         if isinstance(x, PackedSequence):
             return self._packed_forward(x, state)
@@ -265,7 +263,9 @@ class QuantizedRecurrent(QuantizedModule):
         biases = [getattr(self, f"bias_{side}_{suffix}", None) for side in ("ih", "hh")]
         return torch.ops.narrowcast.gru_int8(x, *start, *weights, *biases, reverse)  # type: ignore[no-any-return]
 
-    def _float_run(self, sequence: Tensor, states: list[Tensor], sizes: list[int] | None) -> tuple[Tensor, list[Tensor]]:
+    def _float_run(
+        self, sequence: Tensor, states: list[Tensor], sizes: list[int] | None
+    ) -> tuple[Tensor, list[Tensor]]:
         flat: list[Tensor] = []
         for _, _, suffix in self.shape.suffixes():
             flat += [self.stored(f"weight_{side}_{suffix}").dequantize(self) for side in ("ih", "hh")]
@@ -288,7 +288,8 @@ class QuantizedRecurrent(QuantizedModule):
         """What `print(model)` shows."""
         s = self.shape
         spec = self.stored(self.weight_names[0]).spec
-        return f"{s.cell}, {s.input_size}, {s.hidden_size}, layers={s.num_layers}, weight={spec}, input={self.activation.mode}"
+        sizes = f"{s.cell}, {s.input_size}, {s.hidden_size}, layers={s.num_layers}"
+        return f"{sizes}, weight={spec}, input={self.activation.mode}"
 
 
 def _stretches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:

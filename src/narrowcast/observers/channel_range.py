@@ -8,7 +8,6 @@ from torch import Tensor
 from narrowcast.errors import DataError
 from narrowcast.observers.base import check_finite
 
-
 # A continuous quantity meets its extreme once. One that meets it this often has reached a wall: 0 after a ReLU, 6 after
 # a ReLU6, white in an image.
 _WALL_HITS = 8

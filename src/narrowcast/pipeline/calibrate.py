@@ -155,7 +155,9 @@ def _sees_input(parameter: str) -> bool:
     return parameter.startswith("weight_ih_l0")
 
 
-def activations_of(adapter: TorchModel, row: LayerPlan, path: str, calibration: Calibration) -> list[tuple[Activation, str]]:
+def activations_of(
+    adapter: TorchModel, row: LayerPlan, path: str, calibration: Calibration
+) -> list[tuple[Activation, str]]:
     """The treatments of a module's input to choose from, best guess first, each with its text for the report.
 
     More than one only for ranges per channel, where the balance between input and weight is found by trying.

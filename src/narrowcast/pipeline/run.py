@@ -184,7 +184,9 @@ def _settle_layout(adapter: TorchModel, probe: Any) -> list[str]:
             for module in convolutions:
                 module.channels_last = False
             probe.run(adapter.model)
-            return ["the model calls .view on convolution outputs, so they are contiguous instead of channels-last (slower)"]
+            return [
+                "the model calls .view on convolution outputs, so they are contiguous instead of channels-last (slower)"
+            ]
     return []
 
 
@@ -232,5 +234,6 @@ def _check_contract(plan: Plan, report: Report, *, strict: bool, min_coverage: f
     if report.totals.coverage < min_coverage:
         kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]
         raise ContractError(
-            f"coverage {report.totals.coverage:.1%} is below the required {min_coverage:.1%}; kept: {'; '.join(kept[:10])}"
+            f"coverage {report.totals.coverage:.1%} is below the required {min_coverage:.1%}; kept: "
+            f"{'; '.join(kept[:10])}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,9 @@ def _solve_module(
             expected = first_tensor(float_module(*sample.args, **sample.kwargs))
     best: _Built | None = None
     for activation, text in activations_of(adapter, row, path, calibration):
-        solved = {r.layer.name: done.solved.get(r.layer.name) or _solve(adapter, r, calibration, activation) for r in rows}
+        solved = {
+            r.layer.name: done.solved.get(r.layer.name) or _solve(adapter, r, calibration, activation) for r in rows
+        }
         records = {s.parameter: solved[r.layer.name].record for r in rows for s in r.layer.sites if s.path == path}
         module = adapter.build(path, records, activation)
         channel_dim = adapter.output_channel_dim(site) if plan.recipe.correct_bias else None
@@ -98,9 +101,7 @@ def _solve_module(
     done.modules[path] = (best, judge_module(float_module, best.module, sample))
 
 
-def _correct_bias_(
-    module: QuantizedModule, expected: Tensor, got: Tensor, channel_dim: int | None
-) -> tuple[float, bool]:
+def _correct_bias_(module: Any, expected: Tensor, got: Tensor, channel_dim: int | None) -> tuple[float, bool]:
     """Correct the module's bias where it has one; returns the squared error that is left, and whether it was done."""
     error = ChannelError.of(expected, got, -1 if channel_dim is None else channel_dim)
     correction = None if channel_dim is None else error.correction()
@@ -149,8 +150,8 @@ def check_finite(layer: Layer, weight: Tensor) -> None:
         return
     row, column = (int(i) for i in (~finite).nonzero()[0])
     raise ModelError(
-        f"layer {layer.name!r}: weight [{row}, {column}] is {float(weight[row, column])}, and {int((~finite).sum())} of "
-        f"{weight.numel()} weights are not finite; repair the checkpoint, or keep this layer by a rule"
+        f"layer {layer.name!r}: weight [{row}, {column}] is {float(weight[row, column])}, and {int((~finite).sum())} "
+        f"of {weight.numel()} weights are not finite; repair the checkpoint, or keep this layer by a rule"
     )
 
 

@@ -79,7 +79,11 @@ def totals_lines(totals: Totals) -> list[str]:
             f"{totals.float_ms / totals.quantized_ms:.2f}x, first batch of {totals.timed_samples}, "
             f"{totals.threads} threads, medians, interleaved"
         )
-    memory = "" if totals.peak_memory_bytes is None else f", peak memory of the process {format_bytes(totals.peak_memory_bytes)}"
+    memory = (
+        ""
+        if totals.peak_memory_bytes is None
+        else f", peak memory of the process {format_bytes(totals.peak_memory_bytes)}"
+    )
     lines.append(f"cost       {totals.seconds:.1f} s{memory}")
     return lines
 

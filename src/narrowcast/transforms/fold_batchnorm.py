@@ -31,7 +31,7 @@ class BatchNormStatistics:
     epsilon: float
 
     def factor(self) -> Tensor:
-        """f = gamma / sqrt(variance + epsilon), [channels] float64."""
+        """F = gamma / sqrt(variance + epsilon), [channels] float64."""
         factor = torch.rsqrt(self.variance.double() + self.epsilon)
         return factor if self.gamma is None else factor * self.gamma.double()
 
