@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
-        "narrowcast": str(nc.kernels.capability()),
+        "narrowcast": f"kernels {nc.kernels.capability().isa}, {torch.get_num_threads()} threads",
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
