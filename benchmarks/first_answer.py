@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     kit = kit_model(chosen.model)
     if chosen.checkpoint.is_dir():
-        import narrowcast  # noqa: F401  its import is not part of loading
+        import narrowcast
+
+        narrowcast.load  # noqa: B018  imported on first use, which is not part of loading
     torch.set_num_threads(chosen.threads)
     batch = read_batch(chosen.batch)
     reset_peak()

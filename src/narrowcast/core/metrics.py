@@ -88,4 +88,4 @@ def _as_pair(reference: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
         raise FormatError(
             f"two tensors of one shape can be compared, got {tuple(reference.shape)} and {tuple(candidate.shape)}"
         )
-    return reference.to(torch.float64), candidate.to(torch.float64)
+    return reference.detach().to(torch.float64), candidate.detach().to(torch.float64)

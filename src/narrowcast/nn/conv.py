@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class ConvShape:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` takes them back."""
-        return asdict(self)
+        return dict(vars(self))  # asdict copies deeply, which a load would pay for each layer
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ConvShape:

@@ -7,7 +7,7 @@ states are quantized per token, both products are integer, gates and states stay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class QuantizedRecurrent(QuantizedModule):
     def config(self) -> dict[str, Any]:
         """See `InstalledModule`."""
         return {
-            "shape": asdict(self.shape),
+            "shape": dict(vars(self.shape)),
             "specs": {name: str(self.stored(name).spec) for name in self.weight_names},
             "activation": self.input_ranges().to_dict(),
         }

@@ -91,6 +91,7 @@ def quantize(
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds)
     _check_has_data(plan, data)
+    _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     calibration = Calibration()
@@ -109,7 +110,8 @@ def quantize(
         seconds=time.perf_counter() - started,
     )  # fmt: skip
     report = Report(loaded.name, type(model).__name__, outcomes, totals, notes)
-    _check_contract(plan, report, strict=strict, min_coverage=min_coverage)
+    if strict:
+        _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)
 
 
@@ -199,7 +201,6 @@ def _judge_model(adapter: TorchModel, probe: Any, *, inplace: bool) -> Verdict:
 
 def _totals(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: Any) -> Totals:
     done = [row for row in outcomes if row.spec]
-    possible = sum(row.layer.parameters for row in plan.layers if _is_matrix(row))
     integer_names = {row.layer.name for row in plan.layers if row.integer}
     integer = [row for row in done if row.layer in integer_names]
     macs = None
@@ -208,7 +209,7 @@ def _totals(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: A
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Totals(
         quantized_parameters=sum(row.parameters for row in done),
-        coverage=sum(row.parameters for row in done) / possible if possible else 1.0,
+        coverage=_coverage(plan),
         integer_parameters=sum(row.parameters for row in integer),
         integer_macs=macs,
         peak_memory_bytes=kilobytes * (1 if sys.platform == "darwin" else 1024),
@@ -225,15 +226,23 @@ def _is_matrix(row: LayerPlan) -> bool:
     return len(row.layer.shape) > 1 and row.bits_per_weight > 0
 
 
-def _check_contract(plan: Plan, report: Report, *, strict: bool, min_coverage: float) -> None:
-    fallen = [f"{row.layer}: fell back: {row.reason}" for row in report.layers if row.outcome == "fell back"]
-    refused = [f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused]
-    if strict and fallen + refused:
-        shown = "; ".join((fallen + refused)[:10])
-        raise ContractError(f"strict: {len(fallen + refused)} weights are not what the recipe says: {shown}")
-    if report.totals.coverage < min_coverage:
+def _check_plan(plan: Plan, *, strict: bool, min_coverage: float) -> None:
+    """Raise what can be known before any work is done: weights that cannot be quantized, and the coverage."""
+    if strict:
+        _refuse([f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused])
+    coverage = _coverage(plan)
+    if coverage < min_coverage:
         kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]
         raise ContractError(
-            f"coverage {report.totals.coverage:.1%} is below the required {min_coverage:.1%}; kept: "
-            f"{'; '.join(kept[:10])}"
+            f"coverage {coverage:.1%} is below the required {min_coverage:.1%}; kept: {'; '.join(kept[:10])}"
         )
+
+
+def _refuse(short: list[str]) -> None:
+    if short:
+        raise ContractError(f"strict: {len(short)} weights are not what the recipe says: {'; '.join(short[:10])}")
+
+
+def _coverage(plan: Plan) -> float:
+    possible = sum(row.layer.parameters for row in plan.layers if _is_matrix(row))
+    return sum(row.layer.parameters for row in plan.layers if row.weight is not None) / possible if possible else 1.0

@@ -11,6 +11,7 @@ Why they are as they are:
   an integer convolution can run, cost MobileNetV2 52 points of accuracy.
 - Static inputs have one range per channel, unclipped: on MobileNetV1 that gives 32 dB at the output, one range for all
   channels 29 dB, and ranges clipped for the least square error 19 dB.
+- A tied head has one static range: a weight that is also looked up cannot take in the scales of an input.
 - Recurrent layers find their ranges at run time also in `static-int8`: the hidden state is not visible from outside.
 """
 
@@ -24,6 +25,7 @@ _INT8 = "int8/channel"
 _INT8_ASYMMETRIC = "int8/channel/asym"
 _INT4 = "int4/group32/asym"
 _STATIC = "uint8/channel static:minmax"
+_STATIC_TENSOR = "uint8/tensor static:minmax"
 _DYNAMIC = "int8/token"
 _DYNAMIC_ASYMMETRIC = "uint8/token"
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "ConvTranspose2d")
@@ -62,6 +64,7 @@ PRESETS: dict[str, Recipe] = {
         _preset(
             "static-int8",
             _EMBEDDING,
+            _rule(_INT8, _STATIC_TENSOR, role="tied"),
             *(_rule(_INT8, _DYNAMIC, type=kind) for kind in _RECURRENT),
             _rule(_INT8, _STATIC),
         ),
