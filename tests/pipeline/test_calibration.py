@@ -153,12 +153,20 @@ def test_a_layer_that_never_ran_without_static_ranges_is_quantized_and_says_so()
 
 def test_a_tied_weight_with_ranges_per_channel_gets_one_range_and_says_so() -> None:
     model, x = example("tied")
-    row = next(r for r in nc.quantize(model, "static-int8", x, progress=False).report.layers if r.layer == "table")
+    recipe = {"rule": [{"weight": "int8/channel", "input": "uint8/channel static:minmax"}]}
+    row = next(r for r in nc.quantize(model, recipe, x, progress=False).report.layers if r.layer == "table")
     assert (
         row.outcome == "fell back"
         and "one range for all channels" in row.reason
         and row.input.startswith("uint8/tensor [")
     )
+
+
+def test_the_static_preset_asks_for_one_range_of_a_tied_weight_and_so_is_strict() -> None:
+    model, x = example("tied")
+    result = nc.quantize(model, "static-int8", x, strict=True, progress=False)
+    row = next(row for row in result.report.layers if row.layer == "table")
+    assert row.outcome == "quantized" and row.input.startswith("uint8/tensor [")
 
 
 def test_a_shared_module_sees_all_its_inputs() -> None:
