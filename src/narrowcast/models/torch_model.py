@@ -15,7 +15,7 @@ from narrowcast.data import iterate
 from narrowcast.errors import DataError, ModelError
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site, Watcher
 from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
-from narrowcast.models.modules import get_module, paths_of, replace_everywhere_
+from narrowcast.models.modules import get_module, replace_everywhere_
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
@@ -46,6 +46,10 @@ class TorchModel(ModelAdapter):
         self.original = model
         self.model = model if inplace else _structural_copy(model)
         self.notes: list[str] = []
+        if inplace:
+            self.notes.append(
+                "quantized in place: no float model is left to judge the whole model's error and speed by"
+            )
         if self.model.training:
             self.model.eval()
             self.notes.append("the model was in training mode; it was quantized, and is returned, in evaluation mode")
@@ -294,6 +298,3 @@ def _structural_copy(model: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to quantize the model itself"
         ) from error
-
-
-__all__ = ["TorchModel", "get_module", "paths_of", "replace_everywhere_"]

@@ -176,6 +176,10 @@ def _settle_layout(adapter: TorchModel, probe: Any) -> list[str]:
     if probe is None:
         for module in convolutions:  # without a trial the layout that every model can take
             module.channels_last = False
+        if any("conv2d_int8" in module.kernel for module in convolutions):
+            return [
+                "without data channels-last outputs could not be tried: convolutions return contiguous ones (slower)"
+            ]
         return []
     with torch.no_grad():
         try:
