@@ -73,13 +73,13 @@ int64_t int4_scratch_avx2(int64_t depth);
 int64_t int4_scratch_avx512vnni(int64_t depth);
 
 constexpr LinearKernels kLinearScalar = {int8_tile_scalar, int4_tile_scalar, int8_scratch_scalar, int4_scratch_scalar};
-#if NARROWCAST_X86
 constexpr LinearKernels kLinearAvx2 = {int8_tile_avx2, int4_tile_avx2, int8_scratch_avx2, int4_scratch_avx2};
 constexpr LinearKernels kLinearAvx512 = {int8_tile_avx512vnni, int4_tile_avx512vnni, int8_scratch_avx512vnni,
                                          int4_scratch_avx512vnni};
-constexpr Tiers<LinearKernels> kLinearTiers = {{&kLinearScalar, &kLinearAvx2, &kLinearAvx512}};
-#else
-constexpr Tiers<LinearKernels> kLinearTiers = {{&kLinearScalar, &kLinearScalar, &kLinearScalar}};
-#endif
+constexpr Tiers<LinearKernels> kLinearTiers = {
+    .scalar = &kLinearScalar,
+    .avx2 = NARROWCAST_X86_BODY(kLinearAvx2),
+    .avx512vnni = NARROWCAST_X86_BODY(kLinearAvx512),
+};
 
 }  // namespace narrowcast
