@@ -12,6 +12,9 @@ FAMILIES = {"x86": ("scalar", "avx2", "avxvnni", "avx512vnni"), "Arm": ("scalar"
 TIERS = tuple(dict.fromkeys(tier for family in FAMILIES.values() for tier in family))
 """Every tier once."""
 
+DEQUANTIZE_TIERS = ("scalar", "avx2", "avx512vnni")
+"""Tiers with a body of their own for ops without integer products; on Arm, vectors are part of the scalar tier."""
+
 
 def lower_tiers(tier: str) -> tuple[str, ...]:
     """The tiers whose code runs on a processor of this tier: itself, then the lower ones of its family.
@@ -40,4 +43,4 @@ class Op:
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    tiers: tuple[str, ...] = ("scalar", "avx2", "avx512vnni")
+    tiers: tuple[str, ...] = TIERS
