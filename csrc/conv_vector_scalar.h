@@ -24,7 +24,12 @@ struct Bytes {
 };
 using Weights = Bytes;
 
-NC_INLINE Float load(const float* p) { return *p; }
+// From any address, as the vector loads.
+NC_INLINE Float load(const float* p) {
+  Float v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
 NC_INLINE Float load_part(const float* p, int64_t) { return *p; }
 NC_INLINE void store(float* p, Float v) { *p = v; }
 NC_INLINE void store_part(float* p, int64_t, Float v) { *p = v; }
