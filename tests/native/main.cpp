@@ -1,5 +1,6 @@
 // kernel_tests [rounds] [tier ...]: every kernel on the named tiers (all that run here) against the scalar tier. With
-// tiers named, one that cannot run is an error. Exit status 1 on a difference, 2 for a tier that cannot run.
+// tiers named, all must run here and the last one must be the one that is chosen. Exit status 1 on a difference, 2 for a
+// tier that does not run or is not chosen.
 #include <cstdio>
 
 #include "check.h"
@@ -46,6 +47,10 @@ int run(int64_t rounds, const std::vector<std::string>& wanted) {
     const char* missing = narrowcast_isa_missing(name.c_str());
     if (missing != nullptr && missing[0] == '\0') continue;
     std::printf("tier %s cannot run here: %s\n", name.c_str(), missing == nullptr ? "no such tier" : missing);
+    return 2;
+  }
+  if (!wanted.empty() && wanted.back() != narrowcast_isa()) {
+    std::printf("expected tier %s to be chosen\n", wanted.back().c_str());
     return 2;
   }
   if (!wanted.empty()) {
