@@ -20,7 +20,9 @@ from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
+from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls
+from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.pipeline.solve import check_finite, solve
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
@@ -100,9 +102,13 @@ def quantize(
             calibration = calibrate(adapter, plan, batches)
             step("")
         notes += calibration.observation.notes
-    outcomes = solve(adapter, plan, calibration, progress=progress)
+    flows = trace(adapter, plan)
+    shared = SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan))
+    outcomes = solve(adapter, plan, calibration, shared, progress=progress)
     adapter.detach_()
     notes += _settle_layout(adapter, probe)
+    outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
+    notes += fusion_notes
     verdict = _judge_model(adapter, probe, inplace=inplace)
     totals = _totals(plan, outcomes, verdict, probe)
     totals = replace(
