@@ -1,7 +1,7 @@
 """The program of an integer network: convolutions and pools that hand 8-bit codes to each other, as plain numbers.
 
-A program is what `conv_network_int8` runs in one call. It knows no module and no model: `nn/integer_graph.py` writes it,
-`reference_network.py` defines what it means, the native library runs it. All images are [height, width, channels] in
+A program is what `conv_network_int8` runs in one call. It knows no module and no model: `nn/integer_graph.py` writes
+it, `reference_network.py` defines what it means, the native library runs it. All images are [height, width, channels] in
 memory. A *buffer* holds pixels of a number of channels; a *value* is a run of channels in a buffer, so that a
 concatenation is one buffer which several steps fill and copies nothing.
 """
@@ -29,7 +29,7 @@ class StepKind(enum.IntEnum):
         Constants [4]: multiplier, offset, low, high; then, with a second source, [1]: second_multiplier; then, with an
         activation, [2]: inverse, zero. In this order, every operation rounding to float32, nothing fused:
             y = float(acc) * multiplier + offset
-            with a second source: y = y + s, s = float(code) * second_multiplier where that is coded, else its value
+            with a second source: y = y + s * second_multiplier, s = float(code) where that is coded, else its value
             with an activation: y = activation(y), and for a coded target y = y * inverse + zero
             y = min(max(y, low), high); a coded target stores round_half_even(y)
         (the zero points of source, second and target are in `offset`; scales of a coded target in all of them).
