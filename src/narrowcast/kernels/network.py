@@ -1,7 +1,7 @@
 """The program of an integer network: convolutions and pools that hand 8-bit codes to each other, as plain numbers.
 
 A program is what `conv_network_int8` runs in one call. It knows no module and no model: `nn/integer_graph.py` writes
-it, `reference_network.py` defines what it means, the native library runs it. All images are [height, width, channels] in
+it, `reference_network.py` defines what it means, the native library runs it. Images are [height, width, channels] in
 memory. A *buffer* holds pixels of a number of channels; a *value* is a run of channels in a buffer, so that a
 concatenation is one buffer which several steps fill and copies nothing.
 """
@@ -27,19 +27,21 @@ class StepKind(enum.IntEnum):
         code = clamp(round(x * inverse), -zero, 255 - zero) + zero; a value that is not finite raises.
     CONV: acc = sum over taps and inputs of code * weight (int32); outside the image the code is the source's zero.
         Constants [4]: multiplier, offset, low, high; then, with a second source, [1]: second_multiplier; then, with an
-        activation, [2]: inverse, zero. In this order, every operation rounding to float32, nothing fused:
+        activation or a float target, [2]: inverse, zero. In this order, every operation rounding to float32:
             y = float(acc) * multiplier + offset
             with a second source: y = y + s * second_multiplier, s = float(code) where that is coded, else its value
-            with an activation: y = activation(y), and for a coded target y = y * inverse + zero
+            with an activation or a float target: y = activation(y); the float target stores y; y = y * inverse + zero
             y = min(max(y, low), high); a coded target stores round_half_even(y)
-        (the zero points of source, second and target are in `offset`; scales of a coded target in all of them).
+        (the zero points of source, second and target are in `offset`; scales of a coded target in all of them). A float
+        target is a second, float32 copy of a coded target, for whoever adds or averages the image.
     MAX_POOL: the largest code or value of the window, outside the image excluded; source and target share scales.
     AVERAGE_POOL: Constants [4]: multiplier, offset, low, high.
             y = float(sum of the window) * (1 / count) * multiplier + offset, clamped and rounded as for CONV;
         a coded source is summed in int32 (what lies outside the image counts as the zero point), a float one in
         float32, row by row. count: all positions of the window, or those inside the image (flag EXCLUDE_PADDING).
-    ADD: Constants [5]: multiplier, second_multiplier, offset, low, high.
-            y = value * multiplier + second value * second_multiplier + offset, left to right, clamped and rounded.
+    ADD: Constants [5]: multiplier, second_multiplier, offset, low, high; then, with an activation or a float target,
+        [2]: inverse, zero. y = value * multiplier + second value * second_multiplier + offset, left to right; the rest
+        is as for CONV.
     DEQUANTIZE: Constants [2]: scale, zero. y = (float(code) - zero) * scale.
     """
 
@@ -52,11 +54,15 @@ class StepKind(enum.IntEnum):
 
 
 class Activation(enum.IntEnum):
-    """Activations that are not a clamp; ReLU and ReLU6 are `low` and `high`."""
+    """What a step applies besides its clamp."""
 
     NONE = 0
     HARDSWISH = 1
     """y * (min(max(y + 3, 0), 6) * (1 / 6))"""
+    RELU = 2
+    """max(y, 0); where there is no float target, ReLU and ReLU6 are `low` and `high` instead"""
+    RELU6 = 3
+    """min(max(y, 0), 6)"""
 
 
 CEIL_MODE, EXCLUDE_PADDING, GLOBAL = 1, 2, 4
@@ -108,6 +114,17 @@ class Window:
         # as in torch: the last window must begin inside the image or its leading padding
         return count - 1 if (count - 1) * self.stride[axis] >= size + before else count
 
+    def plan(self) -> list[int]:
+        """PLAN_FIELDS integers that say how it changes the size of an image; none where it does not."""
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        same = [self.stride[a] == 1 and self.padding[a] + self.padding[2 + a] == reach[a] - 1 for a in (0, 1)]
+        if all(same) and not self.flags & GLOBAL:
+            return []
+        return [*reach, *self.stride, *self.padding, self.flags]
+
+
+PLAN_FIELDS = 9
+
 
 @dataclass(frozen=True)
 class Step:
@@ -123,6 +140,7 @@ class Step:
         groups: of a convolution.
         window: geometry of a convolution or pool.
         activation: see Activation.
+        float_target: CONV and ADD: the float value that is written besides a coded target, or -1.
     """
 
     kind: StepKind
@@ -134,13 +152,15 @@ class Step:
     groups: int = 1
     window: Window = field(default_factory=Window)
     activation: Activation = Activation.NONE
+    float_target: int = -1
 
     def encode(self) -> list[int]:
         """STEP_FIELDS integers."""
         window = self.window
         return [
             int(self.kind), self.source, self.second, self.target, self.constants, self.panels, int(self.activation),
-            self.groups, *window.kernel, *window.stride, *window.padding, *window.dilation, window.flags, 0,
+            self.groups, *window.kernel, *window.stride, *window.padding, *window.dilation, window.flags,
+            self.float_target,
         ]  # fmt: skip
 
 
@@ -200,24 +220,18 @@ class NetworkProgram:
         stride, padding (top, left, bottom, right), flags) with dilation already in the kernel.
         """
         chains: dict[int, list[int]] = {}
-        counts: dict[int, int] = {}
         for step in self.steps:
-            if step.kind is StepKind.QUANTIZE:
-                chains[step.target], counts[step.target] = [], 0
-                continue
-            source = self._written(step.source, chains)
-            chain, count = chains[source], counts[source]
-            window = step.window
-            reach = [d * (k - 1) + 1 for d, k in zip(window.dilation, window.kernel, strict=True)]
-            same = [window.stride[a] == 1 and window.padding[a] + window.padding[2 + a] == reach[a] - 1 for a in (0, 1)]
-            if step.kind in (StepKind.ADD, StepKind.DEQUANTIZE) or (all(same) and not window.flags & GLOBAL):
-                chains[step.target], counts[step.target] = chain, count
-                continue
-            chains[step.target] = [*chain, *reach, *window.stride, *window.padding, window.flags]
-            counts[step.target] = count + 1
+            chain: list[int] = []
+            if step.kind is not StepKind.QUANTIZE:
+                chain = chains[self._written(step.source, chains)]
+            if step.kind in (StepKind.CONV, StepKind.MAX_POOL, StepKind.AVERAGE_POOL):
+                chain = chain + step.window.plan()
+            chains[step.target] = chain
+            if step.float_target >= 0:
+                chains[step.float_target] = chain
         plan = []
         for output in self.outputs:
-            plan += [self.values[output].channels, counts[output], *chains[output]]
+            plan += [self.values[output].channels, len(chains[output]) // PLAN_FIELDS, *chains[output]]
         return plan
 
     def _written(self, value: int, known: dict[int, list[int]]) -> int:
@@ -233,4 +247,6 @@ def _decode_step(row: list[int]) -> Step:
         (kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[1], padding[2], padding[3]),
         (dilation[0], dilation[1]), geometry[10],
     )  # fmt: skip
-    return Step(StepKind(kind), source, target, second, constants, panels, groups, window, Activation(activation))
+    return Step(
+        StepKind(kind), source, target, second, constants, panels, groups, window, Activation(activation), geometry[11]
+    )
