@@ -18,7 +18,7 @@ from torch import Tensor
 from narrowcast.kernels.network import Activation, Buffer, NetworkProgram, Step, StepKind, Value
 from narrowcast.nn.conv import QuantizedConv
 from narrowcast.nn.image_ops import ImageOp
-from narrowcast.nn.network_codes import ConflictError, Wants, channel_counts, find_wants
+from narrowcast.nn.network_codes import Code, ConflictError, Wants, channel_counts, find_wants
 from narrowcast.nn.network_sums import Sum, find_sums
 from narrowcast.nn.regions import Region, readers
 
@@ -229,42 +229,43 @@ def _mask(builder: _Builder, image: str, channels: int, reader: str) -> Tensor:
     return torch.ones(channels, dtype=torch.float64)
 
 
-_EXACT = {(-math.inf, math.inf): Activation.NONE, (0.0, math.inf): Activation.RELU, (0.0, 6.0): Activation.RELU6}
-
-
 def _add_sum(builder: _Builder, entry: Sum) -> None:
-    """One step for a convolution or addition and what follows it."""
-    name, channels = entry.nodes[-1], builder.counts[entry.nodes[-1]]
-    op = builder.region.ops[entry.nodes[0]]
+    """The steps for a convolution or addition and what follows it: as codes, as floats, or as floats and then codes."""
+    name = entry.nodes[-1]
     code = builder.wants.codes.get(name)
     both = code is not None and name in builder.wants.floats
-    activation = entry.activation
-    if both and activation is Activation.NONE:
-        if (entry.low, entry.high) not in _EXACT:
-            raise ConflictError(name, f"a clamp to {entry.low:g} and {entry.high:g} is read as codes and as floats")
-        activation = _EXACT[entry.low, entry.high]
-    # with an activation, or a float copy, the codes are made at the end; otherwise all constants are in codes at once
-    late = both or activation is not Activation.NONE
+    _add_step(builder, entry, None if both else code)
+    if both:
+        assert code is not None
+        low, high = torch.zeros_like(code.zero), torch.full_like(code.zero, 255.0)
+        constants = builder.add_constants(1 / code.scale, 0.0, code.zero, low, high, channels=builder.counts[name])
+        floats = builder.value_of((name, False))
+        builder.steps.append(Step(StepKind.ADD, floats, builder.value_of((name, True)), floats, constants))
+
+
+def _add_step(builder: _Builder, entry: Sum, code: Code | None) -> None:
+    name, channels = entry.nodes[-1], builder.counts[entry.nodes[-1]]
+    op = builder.region.ops[entry.nodes[0]]
+    # with an activation the codes are made at the end; otherwise all constants are in codes at once
+    late = entry.activation is not Activation.NONE
     scale = torch.ones(channels, dtype=torch.float64) if code is None or late else code.scale
     zero = torch.zeros(channels, dtype=torch.float64) if code is None or late else code.zero
     second = None if not entry.second else _mask(builder, entry.second, channels, name) / scale
-    rows = [*_main_rows(builder, entry, scale, zero, second), *_bounds(builder, entry, name)]
-    if op.kind == "conv" and second is not None:
-        rows.append(second)
+    rows = [*_main_rows(builder, entry, scale, zero, second), *_bounds(entry, code)]
+    first, target = op.sources[0], builder.value_of((name, code is not None))
+    if op.kind != "conv":
+        values = builder.value_of((first, False)), target, builder.value_of((entry.second or first, False))
+        builder.steps.append(Step(StepKind.ADD, *values, builder.add_constants(*rows, channels=channels)))
+        return
+    rows += [] if second is None else [second]
     if late:
-        rows += [torch.ones(channels), torch.zeros(channels)] if code is None else [1 / code.scale, code.zero]
-    target = builder.value_of((name, code is not None))
-    first = op.sources[0]
-    other = -1
-    if op.kind != "conv" or entry.second:
-        other = builder.value_of((entry.second or first, False))
-    is_conv = op.kind == "conv"
+        rows += [1.0, 0.0] if code is None else [1 / code.scale, code.zero]
+    module = builder.convolutions[entry.nodes[0]]
     step = Step(
-        StepKind.CONV if is_conv else StepKind.ADD, builder.value_of((first, is_conv)), target, other,
-        builder.add_constants(*rows, channels=channels),
-        builder.add_panels(builder.convolutions[entry.nodes[0]]) if is_conv else 0,
-        builder.convolutions[entry.nodes[0]].shape.groups if is_conv else 1, op.window,
-        activation, builder.value_of((name, False)) if both else -1,
+        StepKind.CONV, builder.value_of((first, True)), target,
+        builder.value_of((entry.second, False)) if entry.second else -1,
+        builder.add_constants(*rows, channels=channels), builder.add_panels(module), module.shape.groups, op.window,
+        entry.activation,
     )  # fmt: skip
     builder.steps.append(step)
 
@@ -286,9 +287,8 @@ def _main_rows(
     return [multiplier / scale, offset / scale + zero]
 
 
-def _bounds(builder: _Builder, entry: Sum, name: str) -> list[Tensor | float]:
+def _bounds(entry: Sum, code: Code | None) -> list[Tensor | float]:
     """Lowest and highest of what the target stores."""
-    code = builder.wants.codes.get(name)
     if code is None:
         return [entry.low, entry.high]
     low = torch.zeros_like(code.zero)
