@@ -98,6 +98,8 @@ extern const ConvKernels conv_avx2;
 extern const ConvKernels conv_avxvnni_evex;
 extern const ConvKernels conv_avxvnni;
 extern const ConvKernels conv_avx512vnni;
+extern const ConvKernels conv_neondot;
+extern const ConvKernels conv_neoni8mm;
 
 constexpr Tiers<ConvKernels> kConvTiers = {
     .scalar = &conv_scalar,
@@ -105,6 +107,8 @@ constexpr Tiers<ConvKernels> kConvTiers = {
     .avxvnni_evex = NARROWCAST_X86_BODY(conv_avxvnni_evex),
     .avxvnni = NARROWCAST_X86_BODY(conv_avxvnni),
     .avx512vnni = NARROWCAST_X86_BODY(conv_avx512vnni),
+    .neondot = NARROWCAST_ARM_BODY(conv_neondot),
+    .neoni8mm = NARROWCAST_ARM_BODY(conv_neoni8mm),
 };
 
 }  // namespace narrowcast

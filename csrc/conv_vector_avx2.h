@@ -12,6 +12,7 @@ namespace narrowcast {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr bool kSignedCodes = false;
 constexpr int kMaxVectors = 1;
 using Float = __m256;
 using Int = __m256i;
@@ -109,6 +110,8 @@ NC_INLINE Int load_signed_bytes(const int8_t* p) {
 }
 
 NC_INLINE Int zero_int() { return _mm256_setzero_si256(); }
+// What a sum starts from besides 0; see conv_vector_neon.h.
+NC_INLINE Int start_sum(Int sum, const Weights&) { return sum; }
 #if NARROWCAST_DOT_256
 NC_INLINE Bytes spread_bytes(const uint8_t* p) {
   int32_t word;
