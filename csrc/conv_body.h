@@ -2,12 +2,11 @@
 #pragma once
 
 #include "conv_kernels.h"
+#include "conv_vector_parts.h"
 
 namespace narrowcast {
 namespace {
 
-NC_INLINE Float load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_part(p, n); }
-NC_INLINE void store_up_to(float* p, int64_t n, Float v) { n >= kLanes ? store(p, v) : store_part(p, n, v); }
 NC_INLINE Int magnitude(Float v) { return and_int(float_bits(v), spread_int(0x7fffffff)); }
 NC_INLINE int64_t smaller(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 

@@ -10,15 +10,21 @@ import warnings
 
 import torch
 
-from narrowcast.kernels import reference, reference_conv, reference_embedding, reference_recurrent
+from narrowcast.kernels import (
+    reference,
+    reference_conv,
+    reference_embedding,
+    reference_network,
+    reference_recurrent,
+)
 from narrowcast.kernels.capability import capability, load_library, missing_library
 from narrowcast.kernels.op import Op, lower_tiers
 
 NAMESPACE = "narrowcast"
 
-OPS: dict[str, Op] = {
-    op.name: op for op in (*reference.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
-}
+_ROOMS = (reference, reference_conv, reference_recurrent, reference_embedding, reference_network)
+
+OPS: dict[str, Op] = {op.name: op for room in _ROOMS for op in room.OPS}
 """Every operator by name."""
 
 # The library object owns the registrations: they disappear with it.
