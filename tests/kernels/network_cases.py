@@ -138,7 +138,10 @@ class Builder:
     def dequantize(self, source: int) -> int:
         count = self.channels(source)
         return self.step(
-            StepKind.DEQUANTIZE, source, self.value(count, coded=False), [self.uniform(count, 0.01, 0.1), self.zeros(count)]
+            StepKind.DEQUANTIZE,
+            source,
+            self.value(count, coded=False),
+            [self.uniform(count, 0.01, 0.1), self.zeros(count)],
         )
 
     def finish(self, *outputs: int) -> None:

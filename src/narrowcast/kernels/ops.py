@@ -18,7 +18,7 @@ from narrowcast.kernels import (
     reference_recurrent,
 )
 from narrowcast.kernels.capability import capability, load_library, missing_library
-from narrowcast.kernels.op import TIERS, Op
+from narrowcast.kernels.op import Op, lower_tiers
 
 NAMESPACE = "narrowcast"
 
@@ -64,8 +64,7 @@ def kernel_name(op: str) -> str:
         return f"{op}[reference: no native library]"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
         return f"{op}[reference: no native body]"
-    active = TIERS.index(capability().isa)
-    return f"{op}[{next(tier for tier in reversed(TIERS[: active + 1]) if tier in row.tiers)}]"
+    return f"{op}[{next(tier for tier in lower_tiers(capability().isa) if tier in row.tiers)}]"
 
 
 _load()
