@@ -75,7 +75,11 @@ def test_any_window(kind: str, shape: str, every_tier: Tiers) -> None:
         x = b.quantize(channels)
         y = b.conv(x, channels, SHAPES[shape], groups, coded=coded, activation=Activation(int(coded)))
         z = b.conv(x, channels, SHAPES[shape], groups, coded=False, second=y)
-        b.finish(b.conv(x, channels, SHAPES[shape], groups, coded=coded, second=z), z)
+        w = b.conv(x, channels, SHAPES[shape], groups, coded=coded, second=z)
+        late = [b.value(channels, coded=False) for _ in Activation]
+        for activation, floats in zip(Activation, late, strict=True):
+            b.conv(x, channels, SHAPES[shape], groups, second=w, activation=activation, floats=floats)
+        b.finish(w, z, *late)
         assert_every_tier_gives_the_reference(every_tier, b, image(2, channels, 11, 13))
 
 
@@ -100,7 +104,11 @@ def test_additions_of_codes_and_floats(every_tier: Tiers) -> None:
         x, y = b.quantize(channels), b.quantize(channels)
         floats = [b.dequantize(value) for value in (x, y)]
         sums = [b.add(p, q, coded) for p in (x, floats[0]) for q in (y, floats[1]) for coded in (True, False)]
-        b.finish(*sums)
+        late = []
+        for activation in Activation:
+            late.append(b.value(channels, coded=False))
+            sums += [b.add(x, y, floats=late[-1], activation=activation), b.add(x, y, False, activation=activation)]
+        b.finish(*sums, *late)
         assert_every_tier_gives_the_reference(every_tier, b, image(2, channels, 4, 6), image(3, channels, 4, 6)[1:])
 
 
@@ -213,10 +221,8 @@ def test_short_buffers_raise() -> None:
 
 def test_a_value_must_be_written_before_it_is_read() -> None:
     b = residual_network(0)
-    program = b.program
-    program.steps[1], program.steps[2] = program.steps[2], program.steps[1]
-    with pytest.raises(RuntimeError, match="before it is written"):
-        OP([image(1)], *b.arguments())
-    program.steps[1] = program.steps[2]
-    with pytest.raises(RuntimeError, match="again"):
-        OP([image(1)], *b.arguments())
+    _, constants, panels, plan = b.arguments()
+    steps = b.program.steps
+    for steps[1], steps[2], message in ((steps[2], steps[1], "before it is written"), (steps[1], steps[1], "again")):
+        with pytest.raises(RuntimeError, match=message):
+            OP([image(1)], b.program.encode(), constants, panels, plan)
