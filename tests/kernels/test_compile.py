@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.kernels.conv_cases import SHAPES
 from tests.kernels.linear_cases import int4_arguments, int8_arguments, static_arguments
+from tests.kernels.network_cases import residual_network
 from tests.kernels.test_recurrent import arguments as recurrent_arguments
 from torch import Tensor, nn
 
@@ -34,11 +35,16 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "conv2d_int8_planned": (*CONV[:7], conv_plan(*CONV[7:])),
     "conv2d_int8_pack": (SHAPES["grouped"].weight(), *CONV_SIZES),
     "conv2d_int8_unpack": (CONV[1], SHAPES["grouped"].outputs, 6, *CONV_SIZES),
+    "conv_network_int8": ([torch.randn(2, 3, 8, 8)], *residual_network(1).arguments()),
     "embedding_int8": (INDICES, INT8[1], INT8[2]),
     "embedding_int4": (INDICES, INT4[1], INT4[2], INT4[3], 32, 64),
     "lstm_int8": recurrent_arguments("lstm_int8", 3, 2, 5, 7),
     "gru_int8": recurrent_arguments("gru_int8", 3, 2, 5, 7),
 }
+
+
+def has_tensors(value: object) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and isinstance(value[0], Tensor))
 
 
 class Call(nn.Module):
@@ -47,11 +53,11 @@ class Call(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.op = getattr(torch.ops.narrowcast, name)
-        self.fixed = [None if isinstance(value, Tensor) else value for value in CALLS[name]]
-        self.places = [index for index, value in enumerate(CALLS[name]) if isinstance(value, Tensor)]
+        self.fixed = [None if has_tensors(value) else value for value in CALLS[name]]
+        self.places = [index for index, value in enumerate(CALLS[name]) if has_tensors(value)]
         self.tensors = tuple(CALLS[name][index] for index in self.places)
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def forward(self, *tensors: Any) -> Any:
         values = list(self.fixed)
         for index, tensor in zip(self.places, tensors, strict=True):
             values[index] = tensor

@@ -113,5 +113,6 @@ void test_linear_int4(Random& random);
 void test_dequantize(Random& random);
 void test_conv(Random& random);
 void test_recurrent(Random& random);
+void test_network(Random& random);
 
 }  // namespace narrowcast::test
