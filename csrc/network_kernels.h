@@ -74,10 +74,10 @@ extern const NetworkKernels network_scalar;
 extern const NetworkKernels network_avx2;
 extern const NetworkKernels network_avx512vnni;
 
-#if NARROWCAST_X86
-constexpr Tiers<NetworkKernels> kNetworkTiers = {{&network_scalar, &network_avx2, &network_avx512vnni}};
-#else
-constexpr Tiers<NetworkKernels> kNetworkTiers = {{&network_scalar, &network_scalar, &network_scalar}};
-#endif
+constexpr Tiers<NetworkKernels> kNetworkTiers = {
+    .scalar = &network_scalar,
+    .avx2 = NARROWCAST_X86_BODY(network_avx2),
+    .avx512vnni = NARROWCAST_X86_BODY(network_avx512vnni),
+};
 
 }  // namespace narrowcast
