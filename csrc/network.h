@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "network_kernels.h"
@@ -48,10 +48,12 @@ struct NetworkValue {
 struct NetworkStep {
   StepKind kind;
   int64_t source, second, target, constants, panels, activation, groups;
-  int64_t kernel[2], stride[2], padding[4], dilation[2], flags;
+  int64_t kernel[2], stride[2], padding[4], dilation[2], flags, float_target;
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
   int64_t reach(int axis) const { return dilation[axis] * (kernel[axis] - 1) + 1; }
+  // Whether the sum is a float in the network's units before it becomes a code.
+  bool late() const { return activation != 0 || float_target >= 0; }
   bool padded() const { return (padding[0] | padding[1] | padding[2] | padding[3]) != 0; }
 };
 
@@ -126,8 +128,18 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
 void run_pool(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t parts);
 void run_elementwise(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t parts);
 
-// Constants of a step from channel `channel` on.
-FinishTerms finish_terms(const Chunk& chunk, const NetworkStep& step, int64_t channel);
+// The constants of a step, row by row, from channel `channel` on.
+struct ConstantRows {
+  const float* at;
+  int64_t channels;
+
+  ConstantRows(const Chunk& chunk, const NetworkStep& step, int64_t channel)
+      : at(chunk.network.constants + step.constants + channel),
+        channels(chunk.network.values[static_cast<size_t>(step.target)].channels) {}
+  const float* next() { return std::exchange(at, at + channels); }
+};
+// The rest of a tail whose low and high are known.
+void add_late_rows(const NetworkStep& step, ConstantRows& rows, FinishTail& tail);
 // Scratch of a convolution, beside kScratchBase.
 int64_t dense_scratch(const NetworkStep& step);
 int64_t depthwise_scratch(const Network& network, const NetworkStep& step);

@@ -33,17 +33,44 @@ NC_INLINE Float hard_swish(Float y) {
   return multiply(y, multiply(gate, spread(1.0f / 6.0f)));
 }
 
+// A FinishTail for the channels of one vector.
+struct Tail {
+  Float low, high, inverse, zero, active_low, active_high;
+  bool swish;
+};
+
+NC_INLINE Tail make_tail(const FinishTail& terms, int64_t c, int64_t n) {
+  const Float infinity = spread(__builtin_inff());
+  Tail tail = {load_up_to(terms.low + c, n), load_up_to(terms.high + c, n), infinity, infinity, infinity, infinity,
+               terms.activation == Activation::hard_swish};
+  if (terms.inverse == nullptr) return tail;
+  tail.inverse = load_up_to(terms.inverse + c, n), tail.zero = load_up_to(terms.zero + c, n);
+  const bool rectifies = terms.activation == Activation::relu || terms.activation == Activation::relu6;
+  tail.active_low = rectifies ? spread(0.0f) : subtract(spread(0.0f), infinity);
+  if (terms.activation == Activation::relu6) tail.active_high = spread(6.0f);
+  return tail;
+}
+
+template <bool kLate, bool kCoded>
+NC_INLINE void finish_value(const Tail& tail, Float y, uint8_t* target, uint8_t* floats, int64_t c, int64_t n) {
+  if constexpr (kLate) {
+    y = tail.swish ? hard_swish(y) : clamp(y, tail.active_low, tail.active_high);
+    if (floats != nullptr) store_value<false>(floats, c, n, y);
+    y = add(multiply(y, tail.inverse), tail.zero);
+  }
+  store_value<kCoded>(target, c, n, clamp(y, tail.low, tail.high));
+}
+
 enum class Second { none, codes, floats };
 
-template <Second kSecond, bool kActivated, bool kCoded>
+template <Second kSecond, bool kLate, bool kCoded>
 void finish_block(const FinishBlock& block, const FinishTerms& terms) {
   for (int64_t c = 0; c < block.channels; c += kLanes) {
     const int64_t n = block.channels - c;
     const Float multiplier = load_up_to(terms.multiplier + c, n), offset = load_up_to(terms.offset + c, n);
-    const Float low = load_up_to(terms.low + c, n), high = load_up_to(terms.high + c, n);
-    Float second = multiplier, inverse = multiplier, zero = multiplier;
+    const Tail tail = make_tail(terms.tail, c, n);
+    Float second = multiplier;
     if constexpr (kSecond != Second::none) second = load_up_to(terms.second_multiplier + c, n);
-    if constexpr (kActivated) inverse = load_up_to(terms.inverse + c, n), zero = load_up_to(terms.zero + c, n);
     const int32_t* sums = block.sums + c;
     for (int64_t p = 0; p < block.pixels; ++p, sums += block.sums_stride) {
       Float y = add(multiply(to_float(load_int(sums)), multiplier), offset);
@@ -51,24 +78,21 @@ void finish_block(const FinishBlock& block, const FinishTerms& terms) {
         const uint8_t* pixel = block.second[p] + block.second_offset;
         y = add(y, multiply(load_value<kSecond == Second::codes>(pixel, c, n), second));
       }
-      if constexpr (kActivated) {
-        y = hard_swish(y);
-        if constexpr (kCoded) y = add(multiply(y, inverse), zero);
-      }
-      store_value<kCoded>(block.target[p] + block.target_offset, c, n, clamp(y, low, high));
+      uint8_t* floats = kLate && block.floats != nullptr ? block.floats[p] + block.floats_offset : nullptr;
+      finish_value<kLate, kCoded>(tail, y, block.target[p] + block.target_offset, floats, c, n);
     }
   }
 }
 
-template <Second kSecond, bool kActivated>
+template <Second kSecond, bool kLate>
 NC_INLINE void finish_as(const FinishBlock& block, const FinishTerms& terms) {
-  if (terms.target_coded) return finish_block<kSecond, kActivated, true>(block, terms);
-  finish_block<kSecond, kActivated, false>(block, terms);
+  if (terms.tail.target_coded) return finish_block<kSecond, kLate, true>(block, terms);
+  finish_block<kSecond, kLate, false>(block, terms);
 }
 
 template <Second kSecond>
 NC_INLINE void finish_with(const FinishBlock& block, const FinishTerms& terms) {
-  if (terms.inverse != nullptr) return finish_as<kSecond, true>(block, terms);
+  if (terms.tail.inverse != nullptr) return finish_as<kSecond, true>(block, terms);
   finish_as<kSecond, false>(block, terms);
 }
 
@@ -137,33 +161,35 @@ void average(const PoolWindow& window, int64_t channels, const AverageTerms& ter
   average_as<false, false>(window, channels, terms, target);
 }
 
-template <bool kSource, bool kSecond, bool kTarget>
-void add_as(const AddRow& row) {
+template <bool kSource, bool kSecond>
+void add_as(const AddRow& row, const FinishTail& terms) {
   for (int64_t c = 0; c < row.channels; c += kLanes) {
     const int64_t n = row.channels - c;
-    Float terms[5];
-#pragma GCC unroll 5
-    for (int i = 0; i < 5; ++i) terms[i] = load_up_to(row.constants + i * row.channels + c, n);
+    const Float multiplier = load_up_to(row.multiplier + c, n), second = load_up_to(row.second_multiplier + c, n);
+    const Float offset = load_up_to(row.offset + c, n);
+    const Tail tail = make_tail(terms, c, n);
     for (int64_t p = 0; p < row.pixels; ++p) {
-      const Float a = multiply(load_value<kSource>(row.source + p * row.source_step, c, n), terms[0]);
-      const Float b = multiply(load_value<kSecond>(row.second + p * row.second_step, c, n), terms[1]);
-      const Float y = clamp(add(add(a, b), terms[2]), terms[3], terms[4]);
-      store_value<kTarget>(row.target + p * row.target_step, c, n, y);
+      const Float a = multiply(load_value<kSource>(row.source + p * row.source_step, c, n), multiplier);
+      const Float b = multiply(load_value<kSecond>(row.second + p * row.second_step, c, n), second);
+      const Float y = add(add(a, b), offset);
+      uint8_t* target = row.target + p * row.target_step;
+      uint8_t* floats = row.floats != nullptr ? row.floats + p * row.floats_step : nullptr;
+      if (terms.inverse != nullptr) {
+        if (terms.target_coded) finish_value<true, true>(tail, y, target, floats, c, n);
+        else finish_value<true, false>(tail, y, target, floats, c, n);
+      } else {
+        if (terms.target_coded) finish_value<false, true>(tail, y, target, floats, c, n);
+        else finish_value<false, false>(tail, y, target, floats, c, n);
+      }
     }
   }
 }
 
-template <bool kSource, bool kSecond>
-NC_INLINE void add_to(const AddRow& row) {
-  if (row.target_coded) return add_as<kSource, kSecond, true>(row);
-  add_as<kSource, kSecond, false>(row);
-}
-
-void add_pixels(const AddRow& row) {
-  if (row.source_coded && row.second_coded) return add_to<true, true>(row);
-  if (row.source_coded) return add_to<true, false>(row);
-  if (row.second_coded) return add_to<false, true>(row);
-  add_to<false, false>(row);
+void add_pixels(const AddRow& row, const FinishTail& tail) {
+  if (row.source_coded && row.second_coded) return add_as<true, true>(row, tail);
+  if (row.source_coded) return add_as<true, false>(row, tail);
+  if (row.second_coded) return add_as<false, true>(row, tail);
+  add_as<false, false>(row, tail);
 }
 
 void dequantize_pixels(const uint8_t* source, int64_t source_step, float* target, int64_t target_step, int64_t pixels,

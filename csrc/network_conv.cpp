@@ -1,7 +1,6 @@
 // Convolution steps of an integer network: codes are read where they lie, sums of a block of pixels go through an L1
 // buffer to the epilogue.
 #include <algorithm>
-#include <utility>
 
 #include "conv_plan.h"
 #include "network.h"
@@ -17,16 +16,18 @@ struct BlockPixels {
   const uint8_t* source[kBlockPixels];
   uint8_t* target[kBlockPixels];
   const uint8_t* second[kBlockPixels];
+  uint8_t* floats[kBlockPixels];
 };
 
 struct StepViews {
-  View source, target, second;
+  View source, target, second, floats;
   int64_t top, left, stride_h, stride_w;
 
   StepViews(const Chunk& chunk, const NetworkStep& step)
       : source(view_of(chunk, step.source)),
         target(view_of(chunk, step.target)),
         second(step.second >= 0 ? view_of(chunk, step.second) : target),
+        floats(step.float_target >= 0 ? view_of(chunk, step.float_target) : target),
         top(step.padding[0]), left(step.padding[1]), stride_h(step.stride[0]), stride_w(step.stride[1]) {}
 
   int64_t pixels(const Chunk& chunk) const { return chunk.images * target.height * target.width; }
@@ -40,9 +41,10 @@ struct StepViews {
       const uint8_t* from = source.at(image, y * stride_h - top, x * stride_w - left);
       uint8_t* to = target.at(image, y, x);
       const uint8_t* add = second.at(image, y, x);
+      uint8_t* copy = floats.at(image, y, x);
       for (int64_t i = done; i < done + run; ++i) {
-        block.source[i] = from, block.target[i] = to, block.second[i] = add;
-        from += stride_w * source.pixel, to += target.pixel, add += second.pixel;
+        block.source[i] = from, block.target[i] = to, block.second[i] = add, block.floats[i] = copy;
+        from += stride_w * source.pixel, to += target.pixel, add += second.pixel, copy += floats.pixel;
       }
       done += run, x = 0;
       if (++y == target.height) y = 0, ++image;
@@ -50,9 +52,21 @@ struct StepViews {
   }
 };
 
-FinishBlock finish_block(const StepViews& views, const BlockPixels& pixels, int64_t count, int64_t channel) {
-  return {nullptr, 0, count, 0, pixels.target, pixels.second, channel * (views.target.coded ? 1 : 4),
-          channel * (views.second.coded ? 1 : 4)};
+FinishBlock finish_block(const StepViews& views, const NetworkStep& step, const BlockPixels& pixels, int64_t count,
+                         int64_t channel) {
+  return {nullptr, 0, count, 0, pixels.target, pixels.second, step.float_target >= 0 ? pixels.floats : nullptr,
+          channel * (views.target.coded ? 1 : 4), channel * (views.second.coded ? 1 : 4), channel * 4};
+}
+
+FinishTerms finish_terms(const Chunk& chunk, const StepViews& views, const NetworkStep& step, int64_t channel) {
+  ConstantRows rows(chunk, step, channel);
+  FinishTerms terms{};
+  terms.multiplier = rows.next(), terms.offset = rows.next();
+  terms.tail.low = rows.next(), terms.tail.high = rows.next();
+  if (step.second >= 0) terms.second_multiplier = rows.next();
+  terms.second_coded = views.second.coded, terms.tail.target_coded = views.target.coded;
+  add_late_rows(step, rows, terms.tail);
+  return terms;
 }
 
 // Neighbouring taps whose bytes follow each other are one long tap. `first`: bytes from a pixel to its group's inputs.
@@ -74,18 +88,6 @@ void set_taps(const View& source, const NetworkStep& step, int64_t inputs, int64
 
 int64_t dense_scratch(const NetworkStep& step) {
   return kBlockPixels * kWidest * 4 + padded(8 * step.taps(), 64);
-}
-
-FinishTerms finish_terms(const Chunk& chunk, const NetworkStep& step, int64_t channel) {
-  const int64_t channels = chunk.network.values[static_cast<size_t>(step.target)].channels;
-  const float* at = chunk.network.constants + step.constants + channel;
-  const auto next = [&] { return std::exchange(at, at + channels); };
-  FinishTerms terms{};
-  terms.multiplier = next(), terms.offset = next(), terms.low = next(), terms.high = next();
-  if (step.second >= 0) terms.second_multiplier = next(), terms.second_coded = view_of(chunk, step.second).coded;
-  if (step.activation == kHardSwish) terms.inverse = next(), terms.zero = next();
-  terms.target_coded = view_of(chunk, step.target).coded;
-  return terms;
 }
 
 void run_dense(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t parts, uint8_t* scratch) {
@@ -120,10 +122,10 @@ void run_dense(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_
       taps_group = group;
       chunk.conv.dot_block(dot);
       const int64_t first = group * outputs + channel;
-      FinishBlock block = finish_block(views, addresses, count, first);
+      FinishBlock block = finish_block(views, step, addresses, count, first);
       block.sums = dot.sums, block.sums_stride = dot.vectors * kLane;
       block.channels = std::min(dot.vectors * int64_t{kLane}, outputs - channel);
-      chunk.kernels.finish(block, finish_terms(chunk, step, first));
+      chunk.kernels.finish(block, finish_terms(chunk, views, step, first));
     }
   }
 }
@@ -177,7 +179,7 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
     const int8_t* taps = chunk.network.panels + step.panels + c * step.taps();
     chunk.conv.depthwise_weights(taps, static_cast<int>(step.kernel[1]), static_cast<int>(step.dilation[1]),
                                  static_cast<int>(step.stride[1]), row, weights);
-    const FinishTerms terms = finish_terms(chunk, step, c);
+    const FinishTerms terms = finish_terms(chunk, views, step, c);
     const int64_t channels = std::min<int64_t>(kLane, target.channels - c);
     for (int64_t at = begin; at < end;) {
       const int64_t image = at / height, y = at % height, count = std::min({band, end - at, height - y});
@@ -192,7 +194,7 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
         for (int64_t x = 0; x < target.width; x += kBlockPixels) {
           const int64_t run = std::min(kBlockPixels, target.width - x);
           views.addresses((at + i) * target.width + x, run, addresses);
-          FinishBlock block = finish_block(views, addresses, run, c);
+          FinishBlock block = finish_block(views, step, addresses, run, c);
           block.sums = row.sums + x * kLane, block.sums_stride = kLane, block.channels = channels;
           chunk.kernels.finish(block, terms);
         }

@@ -46,7 +46,7 @@ struct Reader {
   void check_conv(const NetworkStep& step);
   void set_border(const NetworkStep& step);
   void check_read(int64_t value_index, const char* name);
-  void write(const NetworkStep& step, int64_t height, int64_t width);
+  void write(int64_t value_index, int64_t height, int64_t width);
   int64_t output_size(const NetworkStep& step, int axis) const;
   void check_step(const NetworkStep& step);
 };
@@ -94,8 +94,8 @@ void Reader::check_window(const NetworkStep& step) const {
 }
 
 void Reader::check_constants(const NetworkStep& step) const {
-  const bool activated = step.activation != 0;
-  const int64_t rows[] = {2, 4 + (step.second >= 0 ? 1 : 0) + (activated ? 2 : 0), 0, 4, 5, 2};
+  const int64_t late = step.late() ? 2 : 0;
+  const int64_t rows[] = {2, 4 + (step.second >= 0 ? 1 : 0) + late, 0, 4, 5 + late, 2};
   const int64_t needed = rows[static_cast<int>(step.kind)] * value(step.target).channels;
   require(step.constants >= 0 && step.constants <= network.constant_count - needed, "constants at ", step.constants,
           " of ", network.constant_count, ", needs ", needed);
@@ -133,9 +133,9 @@ void Reader::check_read(int64_t index, const char* name) {
   buffer.last = step_index;
 }
 
-void Reader::write(const NetworkStep& step, int64_t height, int64_t width) {
-  const NetworkValue& v = value(step.target);
-  NetworkBuffer& buffer = buffer_of(step.target);
+void Reader::write(int64_t index, int64_t height, int64_t width) {
+  const NetworkValue& v = value(index);
+  NetworkBuffer& buffer = buffer_of(index);
   if (buffer.written < 0) {
     buffer.height = height, buffer.width = width, buffer.first = step_index;
   }
@@ -186,7 +186,6 @@ void Reader::check_conv(const NetworkStep& step) {
   const int64_t bytes = packed_bytes(target.channels, inputs, step.taps(), step.groups);
   require(step.panels >= 0 && step.panels <= network.panel_bytes - bytes, "weights at ", step.panels, " of ",
           network.panel_bytes, " bytes, needs ", bytes);
-  require(within(step.activation, 0, kHardSwish + 1), "activation ", step.activation);
   if (step.padded()) set_border(step);
 }
 
@@ -195,7 +194,8 @@ void Reader::check_step(const NetworkStep& step) {
   require(within(step.target, 0, static_cast<int64_t>(network.values.size())), "no target value ", step.target);
   const NetworkValue& target = value(step.target);
   const bool target_coded = buffer_of(step.target).coded;
-  require(kind == StepKind::conv || step.activation == 0, "only convolutions have activations");
+  require(kind == StepKind::conv || kind == StepKind::add || !step.late(), "activates what is no sum");
+  require(within(step.activation, 0, 4), "activation ", step.activation);
   check_constants(step);
   if (kind == StepKind::quantize) {
     require(within(step.source, 0, static_cast<int64_t>(network.inputs.size())), "no input ", step.source);
@@ -203,7 +203,7 @@ void Reader::check_step(const NetworkStep& step) {
     require(target_coded && target.channels == buffer_of(step.target).channels, "codes must fill a buffer");
     require(input.channels == target.channels, "an input of ", input.channels, " channels, not ", target.channels);
     require(step.second < 0, "a second source");
-    return write(step, input.height, input.width);
+    return write(step.target, input.height, input.width);
   }
   check_read(step.source, "source");
   const NetworkBuffer& from = buffer_of(step.source);
@@ -224,7 +224,12 @@ void Reader::check_step(const NetworkStep& step) {
     require(value(step.second).channels == target.channels && second.height == height && second.width == width,
             "the second source has another size");
   }
-  write(step, height, width);
+  write(step.target, height, width);
+  if (step.float_target < 0) return;
+  require(step.float_target < static_cast<int64_t>(network.values.size()), "no float target ", step.float_target);
+  require(target_coded && !buffer_of(step.float_target).coded && value(step.float_target).channels == target.channels,
+          "a float target goes with codes of as many channels");
+  write(step.float_target, height, width);
 }
 
 void Reader::read_steps(int64_t count) {
@@ -233,7 +238,7 @@ void Reader::read_steps(int64_t count) {
     require(within(at[0], 0, 6), "kind ", at[0]);
     network.steps.push_back({static_cast<StepKind>(at[0]), at[1], at[2], at[3], at[4], at[5], at[6], at[7],
                              {at[8], at[9]}, {at[10], at[11]}, {at[12], at[13], at[14], at[15]}, {at[16], at[17]},
-                             at[18]});
+                             at[18], at[19]});
     check_step(network.steps.back());
   }
 }

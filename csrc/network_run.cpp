@@ -97,10 +97,26 @@ void run_pool(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t
   }
 }
 
+void add_late_rows(const NetworkStep& step, ConstantRows& rows, FinishTail& tail) {
+  if (!step.late()) return;
+  tail.inverse = rows.next(), tail.zero = rows.next();
+  tail.activation = static_cast<Activation>(step.activation);
+}
+
 void run_elementwise(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t parts) {
   const View source = view_of(chunk, step.source), target = view_of(chunk, step.target);
   const View second = step.second >= 0 ? view_of(chunk, step.second) : source;
-  const float* constants = chunk.network.constants + step.constants;
+  const View floats = step.float_target >= 0 ? view_of(chunk, step.float_target) : target;
+  ConstantRows constants(chunk, step, 0);
+  const float *first = constants.next(), *next = constants.next();
+  AddRow add{nullptr, nullptr, nullptr, nullptr, source.pixel, second.pixel, target.pixel, floats.pixel, target.width,
+             target.channels, first, next, nullptr, source.coded, second.coded};
+  FinishTail tail{};
+  if (step.kind == StepKind::add) {
+    add.offset = constants.next(), tail.low = constants.next(), tail.high = constants.next();
+    tail.target_coded = target.coded;
+    add_late_rows(step, constants, tail);
+  }
   const Rows rows(chunk, target.height, part, parts);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t image = row / target.height, y = row % target.height;
@@ -108,10 +124,11 @@ void run_elementwise(const Chunk& chunk, const NetworkStep& step, int64_t part, 
     uint8_t* to = target.at(image, y, 0);
     if (step.kind == StepKind::dequantize) {
       chunk.kernels.dequantize(from, source.pixel, reinterpret_cast<float*>(to), target.pixel, target.width,
-                               target.channels, constants, constants + target.channels);
+                               target.channels, first, next);
     } else {
-      chunk.kernels.add({from, second.at(image, y, 0), to, source.pixel, second.pixel, target.pixel, target.width,
-                         target.channels, constants, source.coded, second.coded, target.coded});
+      add.source = from, add.second = second.at(image, y, 0), add.target = to;
+      if (step.float_target >= 0) add.floats = floats.at(image, y, 0);
+      chunk.kernels.add(add, tail);
     }
   }
 }

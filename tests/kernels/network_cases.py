@@ -93,26 +93,27 @@ class Builder:
 
     def conv(
         self, source: int, outputs: int, shape: Window = Window(), groups: int = 1, second: int = -1,
-        activation: Activation = Activation.NONE, coded: bool = True, target: int = -1,
+        activation: Activation = Activation.NONE, coded: bool = True, target: int = -1, floats: int = -1,
     ) -> int:  # fmt: skip
         inputs, taps = self.channels(source) // groups, shape.kernel[0] * shape.kernel[1]
         target = self.value(outputs, coded) if target < 0 else target
         weight = torch.randint(-127, 128, (outputs, inputs * taps), dtype=torch.int8, generator=self.random)
-        spread = math.sqrt(inputs * taps) * 150 * 73 / (50 if coded and not activation else 1)
+        late = bool(activation) or floats >= 0
+        spread = math.sqrt(inputs * taps) * 150 * 73 / (50 if coded and not late else 1)
         multiplier = self.uniform(outputs, 0.5, 1.5) / spread
         middle = -weight.sum(dim=1, dtype=torch.int32).float() * 128 * multiplier
-        offset = middle + (128 if coded and not activation else 0)
+        offset = middle + (128 if coded and not late else 0)
         rows = [multiplier, offset, *self.limits(target)]
         if second >= 0:
             rows.append(self.uniform(outputs, -0.3, 0.3))
-        if activation:
+        if late:
             rows += [self.uniform(outputs, 20, 60), self.zeros(outputs)]
         packed = kernels.OPS["conv2d_int8_pack"].reference(weight, shape.kernel, groups)
         begin = sum(len(panel) for panel in self.panels)
         self.panels.append(torch.nn.functional.pad(packed, (0, -len(packed) % 64)))
         return self.step(
             StepKind.CONV, source, target, rows, second=second, panels=begin, groups=groups, window=shape,
-            activation=activation,
+            activation=activation, float_target=floats,
         )  # fmt: skip
 
     def depthwise(self, source: int, shape: Window, **more: object) -> int:
@@ -129,11 +130,18 @@ class Builder:
         rows = [self.uniform(count, 0.5, 1.5), self.uniform(count, -9, 9), *self.limits(target)]
         return self.step(StepKind.AVERAGE_POOL, source, target, rows, window=shape)
 
-    def add(self, source: int, second: int, coded: bool = True, target: int = -1) -> int:
+    def add(
+        self, source: int, second: int, coded: bool = True, target: int = -1,
+        activation: Activation = Activation.NONE, floats: int = -1,
+    ) -> int:  # fmt: skip
         count = self.channels(source)
         target = self.value(count, coded) if target < 0 else target
         rows = [self.uniform(count, 0.1, 0.9) for _ in range(2)] + [self.uniform(count, -9, 9), *self.limits(target)]
-        return self.step(StepKind.ADD, source, target, rows, second=second)
+        if activation or floats >= 0:
+            rows += [self.uniform(count, 20, 60), self.zeros(count)]
+        return self.step(
+            StepKind.ADD, source, target, rows, second=second, activation=activation, float_target=floats
+        )
 
     def dequantize(self, source: int) -> int:
         count = self.channels(source)
@@ -156,8 +164,12 @@ def residual_network(seed: int, channels: int = 16) -> Builder:
     y = b.conv(b.conv(x, channels, window(3)), channels, window(3), second=x)
     z = b.conv(y, 2 * channels, window(3, 2))
     shortcut = b.conv(y, 2 * channels, window(1, 2), coded=False)
-    z = b.conv(z, 2 * channels, window(3), second=shortcut)
-    w = b.add(z, b.conv(z, 2 * channels, window(3), activation=Activation.HARDSWISH))
+    floats = b.value(2 * channels, coded=False)
+    z = b.conv(z, 2 * channels, window(3), second=shortcut, activation=Activation.RELU, floats=floats)
+    added = b.value(2 * channels, coded=False)
+    w = b.conv(z, 2 * channels, window(3), activation=Activation.HARDSWISH)
+    w = b.add(floats, w, activation=Activation.RELU6, floats=added)
+    w = b.conv(w, 2 * channels, second=added, floats=b.value(2 * channels, coded=False))
     pooled = b.average_pool(w, window(1, flags=4))
     b.finish(b.conv(pooled, 10, coded=False), b.max_pool(w, window(1, flags=4)), shortcut)
     return b

@@ -109,9 +109,14 @@ class _Interpreter:
         }[step.kind]
         self.write(step.target, body(step))
 
-    def finish(self, step: Step, y: Tensor, rows: Iterator[Tensor]) -> Tensor:
-        """Clamps, and rounds what is stored as codes."""
-        y = torch.minimum(torch.maximum(y, next(rows)), next(rows))
+    def finish(self, step: Step, y: Tensor, low: Tensor, high: Tensor, late: Iterator[Tensor]) -> Tensor:
+        """Activation, float copy, clamp; rounds what is stored as codes. `late`: the rows inverse and zero."""
+        if step.activation or step.float_target >= 0:
+            y = _activate(step.activation, y)
+            if step.float_target >= 0:
+                self.write(step.float_target, y)
+            y = y * next(late) + next(late)
+        y = torch.minimum(torch.maximum(y, low), high)
         return torch.round(y) if self.coded(step.target) else y
 
     def quantize(self, step: Step) -> Tensor:
@@ -134,12 +139,7 @@ class _Interpreter:
         y = sums.to(torch.int32).float() * multiplier + offset
         if step.second >= 0:
             y = y + self.read(step.second) * next(rows)
-        if step.activation is Activation.HARDSWISH:
-            inverse, zero_point = next(rows), next(rows)
-            y = y * ((y + 3).clamp(0, 6) * (torch.ones_like(y) / 6))
-            if self.coded(step.target):
-                y = y * inverse + zero_point
-        return self.finish(step, y, iter((low, high)))
+        return self.finish(step, y, low, high, rows)
 
     def weight(self, step: Step) -> Tensor:
         """[O, I / groups, kh, kw] float64."""
@@ -175,18 +175,29 @@ class _Interpreter:
         assert isinstance(total, Tensor) and isinstance(count, Tensor)
         multiplier, offset = next(rows), next(rows)
         y = total.float() * (torch.ones_like(count) / count) * multiplier + offset
-        return self.finish(step, y, rows)
+        return self.finish(step, y, next(rows), next(rows), rows)
 
     def add(self, step: Step) -> Tensor:
         rows = self.rows(step)
         y = self.read(step.source) * next(rows)
         y = y + self.read(step.second) * next(rows)
-        return self.finish(step, y + next(rows), rows)
+        return self.finish(step, y + next(rows), next(rows), next(rows), rows)
 
     def dequantize(self, step: Step) -> Tensor:
         rows = self.rows(step)
         scale, zero = next(rows), next(rows)
         return (self.read(step.source) - zero) * scale
+
+
+def _activate(activation: Activation, y: Tensor) -> Tensor:
+    match activation:
+        case Activation.HARDSWISH:
+            return y * ((y + 3).clamp(0, 6) * (torch.ones_like(y) / 6))
+        case Activation.RELU:
+            return y.clamp(min=0)
+        case Activation.RELU6:
+            return y.clamp(0, 6)
+    return y
 
 
 def packed_bytes(outputs: int, inputs: int, taps: int, groups: int) -> int:
