@@ -10,14 +10,14 @@ import warnings
 
 import torch
 
-from narrowcast.kernels import reference, reference_conv, reference_embedding, reference_recurrent
+from narrowcast.kernels import reference, reference_conv, reference_embedding, reference_linear, reference_recurrent
 from narrowcast.kernels.capability import capability, load_library, missing_library
 from narrowcast.kernels.op import TIERS, Op
 
 NAMESPACE = "narrowcast"
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (*reference.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
+    op.name: op for op in (*reference.OPS, *reference_linear.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
 }
 """Every operator by name."""
 
