@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.kernels.conv_cases import SHAPES
 from tests.kernels.linear_cases import int4_arguments, int8_arguments, static_arguments
+from tests.kernels.lowbit_cases import lowbit_arguments
 from tests.kernels.network_cases import residual_network
 from tests.kernels.test_recurrent import arguments as recurrent_arguments
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ INDICES = torch.tensor([[0, 5, 3], [16, 1, 1]])
 CALLS: dict[str, tuple[Any, ...]] = {
     "linear_int8_dynamic": (*INT8, False),
     "linear_int8_static": static_arguments(INT8, 0.1, 128),
-    "linear_int4_dynamic": INT4,
+    "linear_lowbit_dynamic": lowbit_arguments(5, 17, 64, asymmetric=True, fused="silu"),
     "dequantize_int8": (INT8[1], INT8[2]),
     "dequantize_int4": (INT4[1], INT4[2], INT4[3], 32, 64),
     "conv2d_int8": CONV,
