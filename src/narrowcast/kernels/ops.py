@@ -17,7 +17,14 @@ from narrowcast.kernels.op import TIERS, Op
 NAMESPACE = "narrowcast"
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (*reference.OPS, *reference_linear.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
+    op.name: op
+    for op in (
+        *reference.OPS,
+        *reference_linear.OPS,
+        *reference_conv.OPS,
+        *reference_recurrent.OPS,
+        *reference_embedding.OPS,
+    )
 }
 """Every operator by name."""
 
