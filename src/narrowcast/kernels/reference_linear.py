@@ -119,7 +119,12 @@ def linear_lowbit_dynamic(
 
 
 def linear_int8_dynamic(
-    x: Tensor, weight: Tensor, scale: Tensor, weight_sum: Tensor, bias: Tensor | None, symmetric: bool = True,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    symmetric: bool = True,
     fused: str = "none",
 ) -> Tensor:
     """Linear layer with int8 weights and activations quantized per token as they come.
