@@ -1,4 +1,4 @@
-"""Whole networks as ONNX files and in ONNX Runtime: float32, dynamic int8 (linear layers), static int8 (convolutions)."""
+"""Whole networks as ONNX files and in ONNX Runtime: float32, dynamic int8 (linear layers), static int8 (CNNs)."""
 
 from __future__ import annotations
 
@@ -154,9 +154,7 @@ def prepare(path: Path) -> Prepare:
     names = [node.name for node in loaded.get_inputs()]
 
     def prepared(batch: Batch) -> Callable[[], object]:
-        feeds = (
-            {name: batch[name].numpy() for name in names} if isinstance(batch, dict) else {names[0]: batch.numpy()}
-        )
+        feeds = {name: batch[name].numpy() for name in names} if isinstance(batch, dict) else {names[0]: batch.numpy()}
         return lambda: loaded.run(None, feeds)[0]
 
     return prepared

@@ -1,7 +1,9 @@
-"""Whole networks in OpenVINO: float32, and int8 as nncf quantizes it or as read from ONNX Runtime's static int8 file."""
+"""Whole networks in OpenVINO: float32, and int8 as nncf quantizes it or as read from ONNX Runtime's static file."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +42,8 @@ def int8_file(kit: KitModel, shape: tuple[int, ...], folder: Path) -> Path:
     transformer = {} if kit.kind == "cnn" else {"model_type": nncf.ModelType.TRANSFORMER}
     model = read(peers_onnx.float32_file(kit, shape, folder))
     samples = _calibration(kit, shape)
-    quantized = nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples), **transformer)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        quantized = nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples), **transformer)
     openvino.save_model(quantized, path, compress_to_fp16=False)
     return path
 
@@ -80,9 +83,7 @@ def prepare(path: Path, precision: str | None = None) -> peers_onnx.Prepare:
 
     def prepared(batch: Batch) -> Callable[[], object]:
         request = compiled.create_infer_request()
-        feeds = (
-            {name: batch[name].numpy() for name in names} if isinstance(batch, dict) else {names[0]: batch.numpy()}
-        )
+        feeds = {name: batch[name].numpy() for name in names} if isinstance(batch, dict) else {names[0]: batch.numpy()}
         return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)[0]
 
     return prepared
