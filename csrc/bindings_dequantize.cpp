@@ -5,11 +5,6 @@
 namespace narrowcast {
 namespace {
 
-#if NARROWCAST_X86
-constexpr Tiers<DequantizeKernels> kTiers = {{&dequantize_scalar, &dequantize_avx2, &dequantize_avx512vnni}};
-#else
-constexpr Tiers<DequantizeKernels> kTiers = {{&dequantize_scalar, &dequantize_scalar, &dequantize_scalar}};
-#endif
 
 // Runs one_row(row) for all rows; a task takes about 16384 values.
 template <class OneRow>
@@ -31,7 +26,7 @@ Tensor dequantize_int8(const Tensor& weight, const Tensor& scale, const std::opt
   const int64_t sizes[] = {rows, columns};
   Tensor out = empty_tensor(sizes, 2, FloatType::float32);
   auto* values = static_cast<float*>(out.mutable_data_ptr());
-  const DequantizeKernels& kernels = kTiers.active();
+  const DequantizeKernels& kernels = kDequantizeTiers.active();
   for_each_row(rows, columns, [&](int64_t row) {
     const int32_t zero = zeros.data<uint8_t>() != nullptr ? zeros.data<uint8_t>()[row] - 128 : 0;
     kernels.int8_row(weights.data<int8_t>() + row * columns, scales.data<float>()[row], zero, columns,
@@ -62,7 +57,7 @@ Tensor dequantize_int4(const Tensor& weight, const Tensor& scale, const std::opt
   const int64_t sizes[] = {rows, columns};
   Tensor out = empty_tensor(sizes, 2, FloatType::float32);
   auto* values = static_cast<float*>(out.mutable_data_ptr());
-  const DequantizeKernels& kernels = kTiers.active();
+  const DequantizeKernels& kernels = kDequantizeTiers.active();
   for_each_row(rows, columns, [&](int64_t row) {
     const uint8_t* zero = zeros.data<uint8_t>() != nullptr ? zeros.data<uint8_t>() + row * groups : nullptr;
     kernels.int4_row(weights.data<uint8_t>() + row * row_bytes, scales.data<uint16_t>() + row * groups, zero, group,

@@ -5,11 +5,6 @@
 namespace narrowcast {
 namespace {
 
-#if NARROWCAST_X86
-constexpr Tiers<DequantizeKernels> kTiers = {{&dequantize_scalar, &dequantize_avx2, &dequantize_avx512vnni}};
-#else
-constexpr Tiers<DequantizeKernels> kTiers = {{&dequantize_scalar, &dequantize_scalar, &dequantize_scalar}};
-#endif
 
 // Row numbers in any shape; every one is checked before a row is read.
 class Indices {
@@ -70,7 +65,7 @@ Tensor embedding_int8(Tensor indices, Tensor weight, Tensor scale, std::optional
   const auto* codes = static_cast<const int8_t*>(weight.const_data_ptr());
   const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   auto* values = static_cast<float*>(out.mutable_data_ptr());
-  const DequantizeKernels& kernels = kTiers.active();
+  const DequantizeKernels& kernels = kDequantizeTiers.active();
   for_each_position(index.count(), columns, [&](int64_t position) {
     const int64_t row = index.at(position);
     const int32_t zero = zeros.data<uint8_t>() != nullptr ? zeros.data<uint8_t>()[row] - 128 : 0;
@@ -105,7 +100,7 @@ Tensor embedding_int4(Tensor indices, Tensor weight, Tensor scale, std::optional
   const auto* packed = static_cast<const uint8_t*>(weight.const_data_ptr());
   const auto* scales = static_cast<const uint16_t*>(scale.const_data_ptr());
   auto* values = static_cast<float*>(out.mutable_data_ptr());
-  const DequantizeKernels& kernels = kTiers.active();
+  const DequantizeKernels& kernels = kDequantizeTiers.active();
   for_each_position(index.count(), dim, [&](int64_t position) {
     const int64_t row = index.at(position);
     kernels.int4_row(packed + row * bytes, scales + row * groups, zeros ? zeros + row * groups : nullptr, group, dim,

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "conv_kernels.h"
+#include "conv_vector_parts.h"
 
 namespace narrowcast {
 namespace {
 
-NC_INLINE Float load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_part(p, n); }
-NC_INLINE void store_up_to(float* p, int64_t n, Float v) { n >= kLanes ? store(p, v) : store_part(p, n, v); }
 NC_INLINE Int magnitude(Float v) { return and_int(float_bits(v), spread_int(0x7fffffff)); }
 NC_INLINE int64_t smaller(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
@@ -122,10 +121,27 @@ uint32_t quantize_pixels(const float* source, int64_t source_stride, int64_t cha
   return seen_bits(encoder);
 }
 
+// What the sums of every row start from where the dot product takes codes less 128.
+template <int kColumns>
+void start_sums(const DotBlock& block, int32_t* start) {
+  constexpr int kSplit = 16 / kLanes;
+  Int total[kColumns];
+  for (int c = 0; c < kColumns; ++c) total[c] = zero_int();
+  for (int64_t step = 0; step < block.taps * block.steps; ++step) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) {
+      const int8_t* panel = block.panel + (c / kSplit) * block.panel_stride + (c % kSplit) * 4 * kLanes;
+      total[c] = start_sum(total[c], load_weights(panel + 64 * step));
+    }
+  }
+  for (int c = 0; c < kColumns; ++c) store_int(start + c * kLanes, total[c]);
+}
+
 // The accumulators live in registers during the loop and go to memory raw: with the epilogue in the same function
 // GCC 12 keeps them on the stack (35 % of peak instead of 88 %).
 template <int kVectors, int kRows>
-__attribute__((noinline)) void dot_tile(const DotBlock& block, const uint8_t* const* row, int32_t* sums) {
+__attribute__((noinline)) void dot_tile(const DotBlock& block, const uint8_t* const* row,
+                                        [[maybe_unused]] const int32_t* start, int32_t* sums) {
   constexpr int kSplit = 16 / kLanes, kColumns = kVectors * kSplit;
   Int total[kRows][kColumns];
   const uint8_t* at[kRows];
@@ -133,7 +149,7 @@ __attribute__((noinline)) void dot_tile(const DotBlock& block, const uint8_t* co
   for (int r = 0; r < kRows; ++r) {
     at[r] = row[r];
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) total[r][c] = zero_int();
+    for (int c = 0; c < kColumns; ++c) total[r][c] = kSignedCodes ? load_int(start + c * kLanes) : zero_int();
   }
   const int8_t* panel = block.panel;
   const int64_t panel_stride = block.panel_stride, steps = 4 * block.steps;
@@ -162,18 +178,21 @@ __attribute__((noinline)) void dot_tile(const DotBlock& block, const uint8_t* co
 }
 
 template <int kVectors, int kRows>
-NC_INLINE void dot_rows(const DotBlock& block, int64_t rows, const uint8_t* const* row, int32_t* sums) {
-  if (rows == kRows) return dot_tile<kVectors, kRows>(block, row, sums);
-  if constexpr (kRows > 1) dot_rows<kVectors, kRows - 1>(block, rows, row, sums);
+NC_INLINE void dot_rows(const DotBlock& block, int64_t rows, const uint8_t* const* row, const int32_t* start,
+                        int32_t* sums) {
+  if (rows == kRows) return dot_tile<kVectors, kRows>(block, row, start, sums);
+  if constexpr (kRows > 1) dot_rows<kVectors, kRows - 1>(block, rows, row, start, sums);
 }
 
 // Equal tiles: 25 rows are 9 + 8 + 8, not 12 + 12 + 1.
 template <int kVectors, int kRows>
 void dot_tiles(const DotBlock& block) {
   const int64_t tiles = (block.rows + kRows - 1) / kRows;
+  int32_t start[kSignedCodes ? kVectors * 16 : 1];
+  if constexpr (kSignedCodes) start_sums<kVectors * 16 / kLanes>(block, start);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = block.rows * tile / tiles, end = block.rows * (tile + 1) / tiles;
-    dot_rows<kVectors, kRows>(block, end - begin, block.row + begin, block.sums + begin * kVectors * 16);
+    dot_rows<kVectors, kRows>(block, end - begin, block.row + begin, start, block.sums + begin * kVectors * 16);
   }
 }
 

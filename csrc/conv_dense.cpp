@@ -74,7 +74,8 @@ uint8_t* fill_segment(Task& task, int64_t sample, int64_t first, int64_t count, 
   const int64_t begin = std::max<int64_t>(first - s.top, 0), end = std::min(first - s.top + count, s.height);
   const bool together = !gapless && layout.row_step == 1 && narrow_planes(s) && begin < end;
   if (together) quantize(task, sample, begin, (end - begin) * s.width, task.plane);
-  const int64_t used = std::min(s.width, ceil_div(layout.row_pixels - s.left, s.up_w));
+  // None where a long stride reads nothing but the padding before them.
+  const int64_t used = std::clamp<int64_t>(ceil_div(layout.row_pixels - s.left, s.up_w), 0, s.width);
   for (int64_t i = 0; i < count;) {
     uint8_t* to = codes + i * bytes;
     const int64_t up_row = first + i * layout.row_step - s.top, row = up_row / s.up_h;

@@ -20,6 +20,10 @@ void interleave_words(const uint8_t* pixels, int64_t pixel_stride, int64_t words
     _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, c));
     _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(b, d));
     _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(b, d));
+#elif defined(__ARM_NEON)
+    uint8x16x4_t row;
+    for (int i = 0; i < 4; ++i) row.val[i] = vld1q_u8(from + i * pixel_stride);
+    vst4q_u8(output, row);
 #else
     for (int channel = 0; channel < 16; ++channel) {
       for (int i = 0; i < 4; ++i) output[4 * channel + i] = from[i * pixel_stride + channel];
@@ -68,7 +72,10 @@ void depthwise_any(const DepthwiseRow& row) {
         const int8_t* with = weights + 4 * c;
         Int total = zero_int();
         for (int y = 0; y < row.kernel_rows; ++y, from += row.row_stride, with += row_bytes) {
-          for (int s = 0; s < row.span; ++s) total = dot(total, load_bytes(from + 64 * s), load_weights(with + 64 * s));
+          for (int s = 0; s < row.span; ++s) {
+            const Weights weight = load_weights(with + 64 * s);
+            total = dot(start_sum(total, weight), load_bytes(from + 64 * s), weight);
+          }
         }
         store_int(row.sums + 16 * (x + phase) + c, total);
       }
@@ -84,13 +91,16 @@ void depthwise_square(const DepthwiseRow& row) {
   constexpr auto words_of = [](int phase) { return ((phase * kStride) % 4 + kKernel - 1) / 4 + 1; };
   for (int c = 0; c < 16; c += kLanes) {
     Weights weights[kPhases][kKernel][kSpan];
+    Int start[kPhases];
 #pragma GCC unroll 4
     for (int p = 0; p < kPhases; ++p) {
+      start[p] = zero_int();
 #pragma GCC unroll 5
       for (int y = 0; y < kKernel; ++y) {
 #pragma GCC unroll 2
         for (int s = 0; s < kSpan; ++s) {
           weights[p][y][s] = load_weights(row.weights + 64 * ((p * kKernel + y) * kSpan + s) + 4 * c);
+          if (s < words_of(p)) start[p] = start_sum(start[p], weights[p][y][s]);
         }
       }
     }
@@ -99,7 +109,7 @@ void depthwise_square(const DepthwiseRow& row) {
     for (int64_t x = 0; x < row.width; x += kPhases, from += 64 * (kStride * kPhases / 4), to += 16 * kPhases) {
       Int total[kPhases];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPhases; ++p) total[p] = zero_int();
+      for (int p = 0; p < kPhases; ++p) total[p] = start[p];
 #pragma GCC unroll 5
       for (int y = 0; y < kKernel; ++y) {
         const Bytes word[2] = {load_bytes(from + y * row.row_stride), load_bytes(from + y * row.row_stride + 64)};

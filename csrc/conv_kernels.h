@@ -95,12 +95,20 @@ struct ConvKernels {
 
 extern const ConvKernels conv_scalar;
 extern const ConvKernels conv_avx2;
+extern const ConvKernels conv_avxvnni_evex;
+extern const ConvKernels conv_avxvnni;
 extern const ConvKernels conv_avx512vnni;
+extern const ConvKernels conv_neondot;
+extern const ConvKernels conv_neoni8mm;
 
-#if NARROWCAST_X86
-constexpr Tiers<ConvKernels> kConvTiers = {{&conv_scalar, &conv_avx2, &conv_avx512vnni}};
-#else
-constexpr Tiers<ConvKernels> kConvTiers = {{&conv_scalar, &conv_scalar, &conv_scalar}};
-#endif
+constexpr Tiers<ConvKernels> kConvTiers = {
+    .scalar = &conv_scalar,
+    .avx2 = NARROWCAST_X86_BODY(conv_avx2),
+    .avxvnni_evex = NARROWCAST_X86_BODY(conv_avxvnni_evex),
+    .avxvnni = NARROWCAST_X86_BODY(conv_avxvnni),
+    .avx512vnni = NARROWCAST_X86_BODY(conv_avx512vnni),
+    .neondot = NARROWCAST_ARM_BODY(conv_neondot),
+    .neoni8mm = NARROWCAST_ARM_BODY(conv_neoni8mm),
+};
 
 }  // namespace narrowcast

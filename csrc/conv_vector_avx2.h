@@ -1,8 +1,10 @@
-// AVX2 vector operations: 8 lanes; the bodies in *_body.h are written on these names.
+// AVX2 vector operations: 8 lanes; the bodies in *_body.h are written on these names. Compiled for AVX-VNNI, or for its
+// instructions in AVX-512's encoding, the dot product is one instruction.
 #pragma once
 
-#include <immintrin.h>
 #include <stdint.h>
+
+#include "dot_256.h"
 
 #define NC_INLINE static inline __attribute__((always_inline))
 
@@ -10,14 +12,20 @@ namespace narrowcast {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr bool kSignedCodes = false;
 constexpr int kMaxVectors = 1;
-constexpr int kTileRows = 4;
 using Float = __m256;
 using Int = __m256i;
+#if NARROWCAST_DOT_256
+constexpr int kTileRows = 6;
+using Bytes = __m256i;
+#else
+constexpr int kTileRows = 4;
 // vpmaddubsw saturates (2 * 255 * 127 > 32767), so bytes are widened to their even and odd 16-bit halves: exact.
 struct Bytes {
   __m256i even, odd;
 };
+#endif
 using Weights = Bytes;
 
 NC_INLINE __m256i lane_mask(int64_t count) {
@@ -102,6 +110,18 @@ NC_INLINE Int load_signed_bytes(const int8_t* p) {
 }
 
 NC_INLINE Int zero_int() { return _mm256_setzero_si256(); }
+// What a sum starts from besides 0; see conv_vector_neon.h.
+NC_INLINE Int start_sum(Int sum, const Weights&) { return sum; }
+#if NARROWCAST_DOT_256
+NC_INLINE Bytes spread_bytes(const uint8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+NC_INLINE Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+NC_INLINE Weights load_weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+NC_INLINE Int dot(Int sum, const Bytes& a, const Weights& w) { return dot_bytes(sum, a, w); }
+#else
 NC_INLINE Bytes split_bytes(__m256i v) {
   return {_mm256_and_si256(v, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(v, 8)};
 }
@@ -121,6 +141,7 @@ NC_INLINE Int dot(Int sum, const Bytes& a, const Weights& w) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a.even, w.even));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a.odd, w.odd));
 }
+#endif
 
 // quad[c] lane x = word c of pixel x; pixel x receives words 0..3 as 16 consecutive bytes.
 NC_INLINE void store_four_words(uint8_t* p, int64_t stride, int64_t count, const Int quad[4]) {

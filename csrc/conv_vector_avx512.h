@@ -14,6 +14,7 @@ namespace narrowcast {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr bool kSignedCodes = false;
 constexpr int kMaxVectors = 4;
 constexpr int kTileRows = 12;
 using Float = __m512;
@@ -92,6 +93,8 @@ NC_INLINE Int load_signed_bytes(const int8_t* p) {
 }
 
 NC_INLINE Int zero_int() { return _mm512_setzero_si512(); }
+// What a sum starts from besides 0; see conv_vector_neon.h.
+NC_INLINE Int start_sum(Int sum, const Weights&) { return sum; }
 NC_INLINE Bytes spread_bytes(const uint8_t* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);

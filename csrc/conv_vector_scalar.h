@@ -4,6 +4,8 @@
 #include <stdint.h>
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define NC_INLINE static inline __attribute__((always_inline))
@@ -12,6 +14,7 @@ namespace narrowcast {
 namespace {
 
 constexpr int kLanes = 1;
+constexpr bool kSignedCodes = false;
 constexpr int kMaxVectors = 1;
 constexpr int kTileRows = 1;
 using Float = float;
@@ -21,7 +24,12 @@ struct Bytes {
 };
 using Weights = Bytes;
 
-NC_INLINE Float load(const float* p) { return *p; }
+// From any address, as the vector loads.
+NC_INLINE Float load(const float* p) {
+  Float v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
 NC_INLINE Float load_part(const float* p, int64_t) { return *p; }
 NC_INLINE void store(float* p, Float v) { *p = v; }
 NC_INLINE void store_part(float* p, int64_t, Float v) { *p = v; }
@@ -90,6 +98,8 @@ NC_INLINE void store_low_bytes_part(uint8_t* p, int64_t, Int v) { *p = static_ca
 NC_INLINE Int load_signed_bytes(const int8_t* p) { return *p; }
 
 NC_INLINE Int zero_int() { return 0; }
+// What a sum starts from besides 0; see conv_vector_neon.h.
+NC_INLINE Int start_sum(Int sum, const Weights&) { return sum; }
 NC_INLINE Bytes load_bytes(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 NC_INLINE Bytes spread_bytes(const uint8_t* p) { return load_bytes(p); }
 NC_INLINE Weights load_weights(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }

@@ -53,7 +53,9 @@ void quantize(Block& block, int64_t row, int64_t pixels, int64_t spread, uint8_t
 // Rows of padding stay as they are from one sample to the next: they are written when `fresh`.
 void fill_rows(Block& block, int64_t first, int64_t count, bool fresh) {
   const ConvShape& s = block.call.shape;
-  const int64_t pixels = 4 * block.layout.words, used = std::min(s.width, ceil_div(pixels - s.left, s.up_w));
+  const int64_t pixels = 4 * block.layout.words;
+  // None where a long stride reads nothing but the padding before them.
+  const int64_t used = std::clamp<int64_t>(ceil_div(pixels - s.left, s.up_w), 0, s.width);
   const int64_t begin = std::max<int64_t>(first - s.top, 0), end = std::min(first - s.top + count, s.height);
   const bool together = narrow_planes(s) && begin < end;
   if (together) quantize(block, begin, (end - begin) * s.width, 1, block.plane);

@@ -19,4 +19,10 @@ extern const DequantizeKernels dequantize_scalar;
 extern const DequantizeKernels dequantize_avx2;
 extern const DequantizeKernels dequantize_avx512vnni;
 
+constexpr Tiers<DequantizeKernels> kDequantizeTiers = {
+    .scalar = &dequantize_scalar,
+    .avx2 = NARROWCAST_X86_BODY(dequantize_avx2),
+    .avx512vnni = NARROWCAST_X86_BODY(dequantize_avx512vnni),
+};
+
 }  // namespace narrowcast

@@ -61,25 +61,51 @@ constexpr int64_t kColumnTile = 64;
 // The tile kernels, one file per element type and tier.
 void int8_tile_scalar(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_avx2(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_tile_avxvnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_tile_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int4_tile_scalar(const Int4Linear& problem, Range rows, Range columns, void* scratch);
 void int4_tile_avx2(const Int4Linear& problem, Range rows, Range columns, void* scratch);
+void int4_tile_avxvnni(const Int4Linear& problem, Range rows, Range columns, void* scratch);
+void int4_tile_avxvnni_evex(const Int4Linear& problem, Range rows, Range columns, void* scratch);
 void int4_tile_avx512vnni(const Int4Linear& problem, Range rows, Range columns, void* scratch);
+void int8_tile_neondot(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_tile_neoni8mm(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int4_tile_neondot(const Int4Linear& problem, Range rows, Range columns, void* scratch);
 int64_t int8_scratch_scalar(int64_t depth);
 int64_t int8_scratch_avx2(int64_t depth);
+int64_t int8_scratch_avxvnni(int64_t depth);
+int64_t int8_scratch_avxvnni_evex(int64_t depth);
 int64_t int8_scratch_avx512vnni(int64_t depth);
+int64_t int8_scratch_neondot(int64_t depth);
+int64_t int8_scratch_neoni8mm(int64_t depth);
+int64_t int4_scratch_neondot(int64_t depth);
 int64_t int4_scratch_scalar(int64_t depth);
 int64_t int4_scratch_avx2(int64_t depth);
+int64_t int4_scratch_avxvnni(int64_t depth);
+int64_t int4_scratch_avxvnni_evex(int64_t depth);
 int64_t int4_scratch_avx512vnni(int64_t depth);
 
 constexpr LinearKernels kLinearScalar = {int8_tile_scalar, int4_tile_scalar, int8_scratch_scalar, int4_scratch_scalar};
-#if NARROWCAST_X86
 constexpr LinearKernels kLinearAvx2 = {int8_tile_avx2, int4_tile_avx2, int8_scratch_avx2, int4_scratch_avx2};
+constexpr LinearKernels kLinearAvxVnni = {int8_tile_avxvnni, int4_tile_avxvnni, int8_scratch_avxvnni,
+                                          int4_scratch_avxvnni};
+constexpr LinearKernels kLinearAvxVnniEvex = {int8_tile_avxvnni_evex, int4_tile_avxvnni_evex,
+                                              int8_scratch_avxvnni_evex, int4_scratch_avxvnni_evex};
 constexpr LinearKernels kLinearAvx512 = {int8_tile_avx512vnni, int4_tile_avx512vnni, int8_scratch_avx512vnni,
                                          int4_scratch_avx512vnni};
-constexpr Tiers<LinearKernels> kLinearTiers = {{&kLinearScalar, &kLinearAvx2, &kLinearAvx512}};
-#else
-constexpr Tiers<LinearKernels> kLinearTiers = {{&kLinearScalar, &kLinearScalar, &kLinearScalar}};
-#endif
+constexpr LinearKernels kLinearNeonDot = {int8_tile_neondot, int4_tile_neondot, int8_scratch_neondot,
+                                          int4_scratch_neondot};
+constexpr LinearKernels kLinearNeonI8mm = {int8_tile_neoni8mm, int4_tile_neondot, int8_scratch_neoni8mm,
+                                           int4_scratch_neondot};
+constexpr Tiers<LinearKernels> kLinearTiers = {
+    .scalar = &kLinearScalar,
+    .avx2 = NARROWCAST_X86_BODY(kLinearAvx2),
+    .avxvnni_evex = NARROWCAST_X86_BODY(kLinearAvxVnniEvex),
+    .avxvnni = NARROWCAST_X86_BODY(kLinearAvxVnni),
+    .avx512vnni = NARROWCAST_X86_BODY(kLinearAvx512),
+    .neondot = NARROWCAST_ARM_BODY(kLinearNeonDot),
+    .neoni8mm = NARROWCAST_ARM_BODY(kLinearNeonI8mm),
+};
 
 }  // namespace narrowcast

@@ -33,11 +33,13 @@ struct QuantizeKernels {
 extern const QuantizeKernels quantize_scalar;
 extern const QuantizeKernels quantize_avx2;
 extern const QuantizeKernels quantize_avx512vnni;
+extern const QuantizeKernels quantize_neondot;
 
-#if NARROWCAST_X86
-constexpr Tiers<QuantizeKernels> kQuantizeTiers = {{&quantize_scalar, &quantize_avx2, &quantize_avx512vnni}};
-#else
-constexpr Tiers<QuantizeKernels> kQuantizeTiers = {{&quantize_scalar, &quantize_scalar, &quantize_scalar}};
-#endif
+constexpr Tiers<QuantizeKernels> kQuantizeTiers = {
+    .scalar = &quantize_scalar,
+    .avx2 = NARROWCAST_X86_BODY(quantize_avx2),
+    .avx512vnni = NARROWCAST_X86_BODY(quantize_avx512vnni),
+    .neondot = NARROWCAST_ARM_BODY(quantize_neondot),
+};
 
 }  // namespace narrowcast

@@ -17,11 +17,13 @@ struct RecurrentKernels {
 extern const RecurrentKernels recurrent_scalar;
 extern const RecurrentKernels recurrent_avx2;
 extern const RecurrentKernels recurrent_avx512vnni;
+extern const RecurrentKernels recurrent_neondot;
 
-#if NARROWCAST_X86
-constexpr Tiers<RecurrentKernels> kRecurrentTiers = {{&recurrent_scalar, &recurrent_avx2, &recurrent_avx512vnni}};
-#else
-constexpr Tiers<RecurrentKernels> kRecurrentTiers = {{&recurrent_scalar, &recurrent_scalar, &recurrent_scalar}};
-#endif
+constexpr Tiers<RecurrentKernels> kRecurrentTiers = {
+    .scalar = &recurrent_scalar,
+    .avx2 = NARROWCAST_X86_BODY(recurrent_avx2),
+    .avx512vnni = NARROWCAST_X86_BODY(recurrent_avx512vnni),
+    .neondot = NARROWCAST_ARM_BODY(recurrent_neondot),
+};
 
 }  // namespace narrowcast

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from narrowcast import kernels
 
 
@@ -16,7 +14,8 @@ def test_doctor_names_cpu_kernels_threads_versions_and_energy(cli):
 
 
 def test_a_missing_native_library_is_said_loudly(cli, monkeypatch):
-    gone = SimpleNamespace(isa="reference", forced=None, library=None, available={"avx2": "the library was not built"})
+    reasons = {"avx2": "the library was not built"}
+    gone = kernels.Capability(isa="reference", available=reasons, forced=None, library=None, threads=1)
     monkeypatch.setattr(kernels, "capability", lambda: gone)
     answer = cli("doctor")
     assert answer.code == 0

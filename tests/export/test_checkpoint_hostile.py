@@ -202,9 +202,9 @@ def test_a_directory_a_pipe_or_an_absent_place_is_no_checkpoint(damaged: Path, t
     (b'{"version": NaN}', "NaN is not a JSON number"),
     (b'{"format": "narrowcast", "format": "narrowcast"}', "'format' stands twice"),
     (b"{}", "not a narrowcast checkpoint"),
-    (b'{"format": "narrowcast", "version": 2}', "version 2 of the checkpoint format, this narrowcast reads version 1"),
+    (b'{"format": "narrowcast", "version": 3}', "version 3 of the checkpoint format, this narrowcast reads version 2"),
     (b'{"format": "narrowcast", "version": true}', "version True"),
-    (b'{"format": "narrowcast", "version": 1}', "fields missing"),
+    (b'{"format": "narrowcast", "version": 2}', "fields missing"),
 ])  # fmt: skip
 def test_a_malformed_document_is_refused(text: bytes, message: str, damaged: Path) -> None:
     (damaged / "narrowcast.json").write_bytes(text)

@@ -11,6 +11,7 @@ import pytest
 
 from narrowcast import kernels
 from narrowcast.errors import KernelError
+from narrowcast.kernels.op import lower_tiers
 
 PROGRAM = "from narrowcast import kernels; print(kernels.kernel_name('linear_int8_dynamic'))"
 
@@ -36,8 +37,41 @@ def test_capability_names_every_tier_and_reads_well() -> None:
 
 
 def test_kernel_name_follows_the_tier(tier: str) -> None:
-    assert kernels.kernel_name("linear_int8_dynamic") == f"linear_int8_dynamic[{tier}]"
     assert kernels.capability().isa == tier
+    for name, row in kernels.OPS.items():
+        expected = next(lower for lower in lower_tiers(tier) if lower in row.tiers)
+        assert kernels.kernel_name(name) in (f"{name}[{expected}]", f"{name}[reference: no native body]")
+
+
+def test_a_tier_of_another_processor_family_says_so() -> None:
+    available = kernels.capability().available
+    foreign = [tier for tier in kernels.TIERS if "processor" in available[tier]]
+    assert foreign in (["neondot", "neoni8mm"], ["avx2", "avxvnni", "avx512vnni"])
+    with pytest.raises(KernelError, match="cannot run here: it is for"):
+        kernels.set_isa(foreign[0])
+
+
+def test_a_better_tier_that_is_not_used_is_explained() -> None:
+    made = kernels.Capability(
+        isa="avx2",
+        available={"scalar": "", "avx2": "", "avxvnni": "the CPU has no AVX-VNNI", "avx512vnni": ""},
+        forced="avx2",
+        library="lib.so",
+        threads=1,
+        notes={"avx512vnni": "slowly"},
+    )
+    assert made.states == {
+        "scalar": "available",
+        "avx2": "in use",
+        "avxvnni": "the CPU has no AVX-VNNI",
+        "avx512vnni": "available (slowly), not used: NARROWCAST_ISA=avx2",
+    }
+
+
+def test_lower_tiers_stay_in_their_processor_family() -> None:
+    assert lower_tiers("neoni8mm") == ("neoni8mm", "neondot", "scalar")
+    assert lower_tiers("avx512vnni") == ("avx512vnni", "avxvnni", "avx2", "scalar")
+    assert lower_tiers("scalar") == ("scalar",)
 
 
 def test_an_unknown_tier_is_an_error() -> None:

@@ -96,7 +96,7 @@ def _kernels() -> dict[str, Any]:
     return {
         "instruction_set": found.isa,
         "forced": found.forced,
-        "tiers": {tier: reason or "available" for tier, reason in found.available.items()},
+        "tiers": found.states,
         "library": found.library,
         "ops": {name: kernels.kernel_name(name) for name in kernels.OPS},
         "warning": warning,

@@ -19,6 +19,7 @@ from torch import nn
 from narrowcast.errors import CheckpointError
 from narrowcast.export import checkpoint_huggingface as huggingface
 from narrowcast.export.checkpoint_files import file_entry, file_sha256, open_weights, staged, write_weights
+from narrowcast.export.checkpoint_graphs import describe_graphs, read_flows, restore_graphs_
 from narrowcast.export.checkpoint_install import bounded_construction, build_modules, plan_installation
 from narrowcast.export.checkpoint_schema import (
     CONFIG,
@@ -65,6 +66,7 @@ def save(quantized: Any, directory: str | Path) -> None:
         "modules": modules,
         "tensors": {name: _tensor_entry(tensor, roles[name]) for name, tensor in tensors.items()},
         "aliases": aliases,
+        "graphs": describe_graphs(model),
         "specs": _specs(model),
         "recipe": _record(quantized, "recipe"),
         "report": _record(quantized, "report"),
@@ -193,10 +195,12 @@ def load(directory: str | Path, into: nn.Module | None = None, *, verify: bool =
         _verify(directory, description)
     tensor = open_weights(directory / WEIGHTS, description)
     new = build_modules(description)
+    flows = read_flows(description)
     if into is None:
         into = new[""] if "" in new else _build(directory, description)
     installation = plan_installation(into, description, new)
     installation.apply_(tensor)
+    restore_graphs_(installation.root, flows)
     return installation.root.eval()
 
 

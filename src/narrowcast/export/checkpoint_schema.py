@@ -17,7 +17,7 @@ import torch
 from narrowcast.errors import CheckpointError
 
 FORMAT = "narrowcast"
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "narrowcast.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -283,6 +283,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "modules": _table(_is_path, _is_module),
     "tensors": _table(_is_name, _is_tensor),
     "aliases": _table(_is_name, _is_name),
+    "graphs": _table(_is_path, lambda value: isinstance(value, list)),
     "specs": _table(_is_name, lambda value: isinstance(value, str)),
     "recipe": _is_object_or_none,
     "report": _is_object_or_none,

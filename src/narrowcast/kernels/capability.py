@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from narrowcast.errors import KernelError
-from narrowcast.kernels.op import TIERS
+from narrowcast.kernels.op import TIERS, lower_tiers
 
 ISA_VARIABLE = "NARROWCAST_ISA"
-"""Environment variable that forces a tier: scalar, avx2 or avx512vnni."""
+"""Environment variable that forces a tier: one of TIERS."""
 
 LIBRARY_NAMES = ("libnarrowcast_kernels.so", "narrowcast_kernels.dll")
 
@@ -28,6 +28,7 @@ class Capability:
         forced:    the tier that NARROWCAST_ISA asked for, or None.
         library:   path of the native library, or None.
         threads:   torch's number of threads at the time of the call.
+        notes:     what is particular about how a tier runs here, by name.
     """
 
     isa: str
@@ -35,10 +36,26 @@ class Capability:
     forced: str | None
     library: str | None
     threads: int
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Every tier by name, the lowest first: in use, available, or why it is not used."""
+        return {tier: self._state(tier) for tier in self.available}
+
+    def _state(self, tier: str) -> str:
+        if self.available[tier]:
+            return self.available[tier]
+        note = f" ({self.notes[tier]})" if tier in self.notes else ""
+        if tier == self.isa:
+            return "in use" + note
+        if self.isa not in TIERS or tier in lower_tiers(self.isa):
+            return "available" + note
+        return "available" + note + (f", not used: {ISA_VARIABLE}={self.forced}" if self.forced else ", not chosen")
 
     def __str__(self) -> str:
         lines = [f"kernels: {self.isa}" + (f" (forced by {ISA_VARIABLE})" if self.forced else "")]
-        lines += [f"  {tier}: {reason or 'available'}" for tier, reason in self.available.items()]
+        lines += [f"  {tier}: {state}" for tier, state in self.states.items()]
         lines += [f"  library: {self.library or 'none'}", f"  threads: {self.threads}"]
         return "\n".join(lines)
 
@@ -89,6 +106,8 @@ def _declare(functions: ctypes.CDLL) -> ctypes.CDLL:
     functions.narrowcast_isa.restype = ctypes.c_char_p
     functions.narrowcast_isa_missing.restype = ctypes.c_char_p
     functions.narrowcast_isa_missing.argtypes = [ctypes.c_char_p]
+    functions.narrowcast_isa_note.restype = ctypes.c_char_p
+    functions.narrowcast_isa_note.argtypes = [ctypes.c_char_p]
     functions.narrowcast_set_isa.argtypes = [ctypes.c_char_p]
     return functions
 
@@ -104,11 +123,18 @@ def _missing(tier: str) -> str:
     return str(_native.functions.narrowcast_isa_missing(tier.encode()).decode())
 
 
+def _notes() -> dict[str, str]:
+    if _native.functions is None:
+        return {}
+    notes = {tier: str(_native.functions.narrowcast_isa_note(tier.encode()).decode()) for tier in TIERS}
+    return {tier: note for tier, note in notes.items() if note}
+
+
 def set_isa(tier: str) -> None:
     """Switch the instruction-set tier of the whole process; meant for tests and for NARROWCAST_ISA.
 
     Args:
-        tier: scalar, avx2 or avx512vnni.
+        tier: one of TIERS.
 
     Raises:
         KernelError: the tier does not exist, this machine lacks it, or there is no native library.
@@ -139,4 +165,5 @@ def capability() -> Capability:
         forced=os.environ.get(ISA_VARIABLE) or None,
         library=_native.path,
         threads=torch.get_num_threads(),
+        notes=_notes(),
     )

@@ -10,15 +10,21 @@ import warnings
 
 import torch
 
-from narrowcast.kernels import reference, reference_conv, reference_embedding, reference_recurrent
+from narrowcast.kernels import (
+    reference,
+    reference_conv,
+    reference_embedding,
+    reference_network,
+    reference_recurrent,
+)
 from narrowcast.kernels.capability import capability, load_library, missing_library
-from narrowcast.kernels.op import TIERS, Op
+from narrowcast.kernels.op import Op, lower_tiers
 
 NAMESPACE = "narrowcast"
 
-OPS: dict[str, Op] = {
-    op.name: op for op in (*reference.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
-}
+_ROOMS = (reference, reference_conv, reference_recurrent, reference_embedding, reference_network)
+
+OPS: dict[str, Op] = {op.name: op for room in _ROOMS for op in room.OPS}
 """Every operator by name."""
 
 # The library object owns the registrations: they disappear with it.
@@ -58,8 +64,7 @@ def kernel_name(op: str) -> str:
         return f"{op}[reference: no native library]"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
         return f"{op}[reference: no native body]"
-    active = TIERS.index(capability().isa)
-    return f"{op}[{next(tier for tier in reversed(TIERS[: active + 1]) if tier in row.tiers)}]"
+    return f"{op}[{next(tier for tier in lower_tiers(capability().isa) if tier in row.tiers)}]"
 
 
 _load()

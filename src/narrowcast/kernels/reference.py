@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrowcast.kernels.op import Op
+from narrowcast.kernels.op import DEQUANTIZE_TIERS, Op
 
 ACTIVATION_GROUP = 32
 """Activations of the int4 ops have one scale per token and 32 input channels."""
@@ -267,11 +267,13 @@ OPS = (
         "(Tensor weight, Tensor scale, Tensor? zero_point=None) -> Tensor",
         dequantize_int8,
         _fake_dequantize_int8,
+        DEQUANTIZE_TIERS,
     ),
     Op(
         "dequantize_int4",
         "(Tensor weight, Tensor scale, Tensor? zero_point, int group, int columns) -> Tensor",
         dequantize_int4,
         _fake_dequantize_int4,
+        DEQUANTIZE_TIERS,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrowcast.kernels.op import Op
+from narrowcast.kernels.op import DEQUANTIZE_TIERS, Op
 from narrowcast.kernels.reference import dequantize_int4, dequantize_int8
 
 
@@ -81,11 +81,13 @@ OPS = (
         "(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point=None) -> Tensor",
         embedding_int8,
         _fake_int8,
+        DEQUANTIZE_TIERS,
     ),
     Op(
         "embedding_int4",
         "(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point, int group, int dim) -> Tensor",
         embedding_int4,
         _fake_int4,
+        DEQUANTIZE_TIERS,
     ),
 )

@@ -129,6 +129,9 @@ class QuantizedConv(QuantizedModule):
 
     kind = "Conv"
     weight_codes: Tensor | None
+    kernel_panels: Tensor
+    kernel_scale: Tensor
+    kernel_zero_sum: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -149,7 +152,7 @@ class QuantizedConv(QuantizedModule):
         if bias is None and has_bias:
             bias = torch.empty(shape.out_channels, device="meta")
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._integer = activation.mode in ("dynamic", "static") and is_int8_per_channel(spec)
+        self.is_integer = activation.mode in ("dynamic", "static") and is_int8_per_channel(spec)
         self._planned: tuple[Any, list[int]] | None = None
         if record is not None:
             self.prepare_()
@@ -178,7 +181,7 @@ class QuantizedConv(QuantizedModule):
 
         The panels take the place of the stored codes in memory, which are unpacked from them exactly when asked for.
         """
-        if not self._integer or self.weight_codes is None:
+        if not self.is_integer or self.weight_codes is None:
             return
         terms = self.kernel_terms("weight", groups=self.shape.groups)
         codes = terms.pop("kernel_codes")
@@ -207,7 +210,7 @@ class QuantizedConv(QuantizedModule):
     @property
     def kernel(self) -> str:
         """See `QuantizedModule`."""
-        if self._integer:
+        if self.is_integer:
             return kernel_name("conv2d_int8")
         target = f" in {self.activation.spec}" if self.activation.mode == "cast" else ""
         return f"torch convolution{target}, weight dequantized at each call"
@@ -220,7 +223,7 @@ class QuantizedConv(QuantizedModule):
         if images.shape[1] != self.shape.in_channels:  # panels are padded, so the op cannot tell 3 channels from 4
             raise DataError(f"convolution: the input has {images.shape[1]} channels, expected {self.shape.in_channels}")
         output_padding = self._output_padding(images, output_size)
-        run = self._integer_forward if self._integer else self._float_forward
+        run = self._integer_forward if self.is_integer else self._float_forward
         y = run(self._padded(images), output_padding)
         y = y.squeeze(-2) if self.shape.dimensions == 1 else y
         return y.squeeze(0) if unbatched else y

@@ -20,7 +20,9 @@ from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
+from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls
+from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.pipeline.solve import check_finite, solve
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
@@ -100,9 +102,8 @@ def quantize(
             calibration = calibrate(adapter, plan, batches)
             step("")
         notes += calibration.observation.notes
-    outcomes = solve(adapter, plan, calibration, progress=progress)
-    adapter.detach_()
-    notes += _settle_layout(adapter, probe)
+    outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, progress=progress)
+    notes += more
     verdict = _judge_model(adapter, probe, inplace=inplace)
     totals = _totals(plan, outcomes, verdict, probe)
     totals = replace(
@@ -113,6 +114,19 @@ def quantize(
     if strict:
         _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)
+
+
+def _solve_and_fuse(
+    adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, *, progress: bool
+) -> tuple[list[LayerOutcome], list[str]]:
+    """Quantize and install every module, then let chains of them run together; returns outcomes and notes."""
+    flows = trace(adapter, plan)
+    shared = SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan))
+    outcomes = solve(adapter, plan, calibration, shared, progress=progress)
+    adapter.detach_()
+    notes = _settle_layout(adapter, probe)
+    outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
+    return outcomes, notes + fusion_notes
 
 
 def _check_has_values(adapter: TorchModel) -> None:

@@ -17,6 +17,7 @@ from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
 from narrowcast.pipeline.calibrate import Calibration, activations_of, seen_by
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_module
+from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
@@ -52,7 +53,9 @@ class _Progress:
     modules: dict[str, tuple[_Built, Verdict]] = field(default_factory=dict)
 
 
-def solve(adapter: TorchModel, plan: Plan, calibration: Calibration, *, progress: bool) -> list[LayerOutcome]:
+def solve(
+    adapter: TorchModel, plan: Plan, calibration: Calibration, shared: SharedRanges, *, progress: bool
+) -> list[LayerOutcome]:
     """Quantize every planned weight and install the modules; returns one outcome per weight of the plan."""
     units: dict[str, list[LayerPlan]] = {}
     for row in plan.layers:
@@ -62,15 +65,17 @@ def solve(adapter: TorchModel, plan: Plan, calibration: Calibration, *, progress
     done = _Progress()
     with progress_steps("quantizing", len(units), enabled=progress) as step:
         for path, rows in units.items():
-            _solve_module(adapter, plan, path, rows, calibration, done)
+            _solve_module(adapter, plan, path, rows, (calibration, shared), done)
             step(path)
     return [_outcome(row, done, calibration) for row in plan.layers]
 
 
 def _solve_module(
-    adapter: TorchModel, plan: Plan, path: str, rows: list[LayerPlan], calibration: Calibration, done: _Progress
-) -> None:
+    adapter: TorchModel, plan: Plan, path: str, rows: list[LayerPlan], known: tuple[Calibration, SharedRanges],
+    done: _Progress,
+) -> None:  # fmt: skip
     """Build the module for every treatment of its input that is worth trying, and install the best."""
+    calibration, shared = known
     float_module: nn.Module = get_module(adapter.model, path)
     site = next(site for site in rows[0].layer.sites if site.path == path)
     row = rows[0] if adapter.takes_activation(site) else replace(rows[0], input=None)
@@ -80,7 +85,7 @@ def _solve_module(
         with torch.no_grad():
             expected = first_tensor(float_module(*sample.args, **sample.kwargs))
     best: _Built | None = None
-    for activation, text in activations_of(adapter, row, path, calibration):
+    for activation, text in shared.adapt(path, activations_of(adapter, row, path, calibration)):
         solved = {
             r.layer.name: done.solved.get(r.layer.name) or _solve(adapter, r, calibration, activation) for r in rows
         }
@@ -96,6 +101,8 @@ def _solve_module(
         built = _Built(module, {n: s for n, s in solved.items() if s}, text, error, corrected)
         best = built if best is None or built.error < best.error else best
     assert best is not None
+    if path in shared.origins:
+        shared.choose(path, best.module.input_ranges())
     adapter.install(path, best.module)
     done.solved |= best.solved
     done.modules[path] = (best, judge_module(float_module, best.module, sample))

@@ -17,7 +17,7 @@ from narrowcast.observers import make_observer
 
 DEFAULT_OBSERVER = "minmax"
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse")
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,15 @@ class Recipe:
         name: for reports.
         fold_batchnorm: whether BatchNorm is folded into the convolution before it.
         correct_bias: whether, with data, the mean error of each layer is taken out through its bias.
+        fuse: whether layers take in the operations that follow them: chains of static convolutions run as one network
+            with 8-bit activations between them, linear layers apply the activation function behind them.
     """
 
     rules: tuple[Rule, ...]
     name: str = ""
     fold_batchnorm: bool = True
     correct_bias: bool = True
+    fuse: bool = True
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -166,7 +169,7 @@ class Recipe:
         rules = values.get("rule", [])
         if not isinstance(rules, list) or not rules:
             raise RecipeError(f"{where}: has no [[rule]]; a recipe needs at least one")
-        switches = {key: values.get(key, True) for key in ("fold_batchnorm", "correct_bias")}
+        switches = {key: values.get(key, True) for key in ("fold_batchnorm", "correct_bias", "fuse")}
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
@@ -177,7 +180,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         rules = [rule.to_dict() for rule in self.rules]
-        switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias}
+        switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias, "fuse": self.fuse}
         return {"name": self.name, **switches, "rule": rules}
 
 

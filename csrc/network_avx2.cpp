@@ -1,0 +1,9 @@
+#include "conv_vector_avx2.h"
+
+#include "network_body.h"
+
+namespace narrowcast {
+
+const NetworkKernels network_avx2 = make_network_kernels();
+
+}  // namespace narrowcast
