@@ -3,18 +3,8 @@
 
 #include <cstring>
 
-#include "kernels.h"
-
 namespace narrowcast {
 namespace {
-
-const LimitKernels* limits_of_tier() {
-#if NARROWCAST_X86
-  if (active_isa() == Isa::avx512vnni) return &kLimitsAvx512vnni;
-  if (active_isa() == Isa::avx2) return &kLimitsAvx2;
-#endif
-  return nullptr;
-}
 
 bool has_bfloat16() {
 #if NARROWCAST_X86
@@ -26,6 +16,9 @@ bool has_bfloat16() {
 }
 
 }  // namespace
+
+extern const LimitKernels kLimitsScalar{nullptr, nullptr, nullptr, nullptr};
+
 }  // namespace narrowcast
 
 #if defined(_WIN32)
@@ -36,18 +29,18 @@ bool has_bfloat16() {
 
 // Multiplies in "int8", "float32" or "bfloat16" for so many rounds; the multiply-accumulates done, 0 where unknown.
 NARROWCAST_EXPORT int64_t narrowcast_limit_multiply(const char* format, int64_t iterations) {
-  const narrowcast::LimitKernels* kernels = narrowcast::limits_of_tier();
-  if (kernels == nullptr) return 0;
-  if (std::strcmp(format, "int8") == 0) return kernels->multiply_int8(iterations);
-  if (std::strcmp(format, "float32") == 0) return kernels->multiply_float32(iterations);
-  if (std::strcmp(format, "bfloat16") != 0 || kernels->multiply_bfloat16 == nullptr) return 0;
-  return narrowcast::has_bfloat16() ? kernels->multiply_bfloat16(iterations) : 0;
+  const narrowcast::LimitKernels& kernels = narrowcast::kLimitTiers.active();
+  int64_t (*multiply)(int64_t) = nullptr;
+  if (std::strcmp(format, "int8") == 0) multiply = kernels.multiply_int8;
+  if (std::strcmp(format, "float32") == 0) multiply = kernels.multiply_float32;
+  if (std::strcmp(format, "bfloat16") == 0 && narrowcast::has_bfloat16()) multiply = kernels.multiply_bfloat16;
+  return multiply == nullptr ? 0 : multiply(iterations);
 }
 
 // Reads `bytes` (a multiple of 1024) from `data` so often; the bytes read, 0 where the tier has no reader.
 NARROWCAST_EXPORT int64_t narrowcast_limit_read(const void* data, int64_t bytes, int64_t repeats) {
-  const narrowcast::LimitKernels* kernels = narrowcast::limits_of_tier();
-  if (kernels == nullptr || bytes % 1024 != 0) return 0;
-  kernels->read(data, bytes, repeats);
+  const narrowcast::LimitKernels& kernels = narrowcast::kLimitTiers.active();
+  if (kernels.read == nullptr || bytes % 1024 != 0) return 0;
+  kernels.read(data, bytes, repeats);
   return bytes * repeats;
 }
