@@ -71,15 +71,24 @@ void finish_block(const FinishBlock& block, const FinishTerms& terms) {
     const Tail tail = make_tail(terms.tail, c, n);
     Float second = multiplier;
     if constexpr (kSecond != Second::none) second = load_up_to(terms.second_multiplier + c, n);
+    // Copies of the fields: stores of bytes may alias whatever lies in memory.
     const int32_t* sums = block.sums + c;
-    for (int64_t p = 0; p < block.pixels; ++p, sums += block.sums_stride) {
-      Float y = add(multiply(to_float(load_int(sums)), multiplier), offset);
-      if constexpr (kSecond != Second::none) {
-        const uint8_t* pixel = block.second[p] + block.second_offset;
-        y = add(y, multiply(load_value<kSecond == Second::codes>(pixel, c, n), second));
+    const int64_t sums_stride = block.sums_stride, target_step = block.target_step, second_step = block.second_step;
+    for (const PixelRun *run = block.runs, *end = run + block.run_count; run < end; ++run) {
+      uint8_t* target = run->target + block.target_offset;
+      const uint8_t* added = run->second + block.second_offset;
+      uint8_t* floats = kLate && run->floats != nullptr ? run->floats + block.floats_offset : nullptr;
+      const int64_t pixels = run->pixels, floats_step = kLate && floats != nullptr ? block.floats_step : 0;
+      for (int64_t p = 0; p < pixels; ++p, sums += sums_stride) {
+        Float y = add(multiply(to_float(load_int(sums)), multiplier), offset);
+        if constexpr (kSecond != Second::none) {
+          y = add(y, multiply(load_value<kSecond == Second::codes>(added, c, n), second));
+          added += second_step;
+        }
+        finish_value<kLate, kCoded>(tail, y, target, floats, c, n);
+        target += target_step;
+        if constexpr (kLate) floats += floats_step;
       }
-      uint8_t* floats = kLate && block.floats != nullptr ? block.floats[p] + block.floats_offset : nullptr;
-      finish_value<kLate, kCoded>(tail, y, block.target[p] + block.target_offset, floats, c, n);
     }
   }
 }
@@ -162,7 +171,8 @@ void average(const PoolWindow& window, int64_t channels, const AverageTerms& ter
 }
 
 template <bool kSource, bool kSecond>
-void add_as(const AddRow& row, const FinishTail& terms) {
+void add_as(const AddRow& all, const FinishTail& terms) {
+  const AddRow row = all;  // stores of bytes may alias what `all` refers to
   for (int64_t c = 0; c < row.channels; c += kLanes) {
     const int64_t n = row.channels - c;
     const Float multiplier = load_up_to(row.multiplier + c, n), second = load_up_to(row.second_multiplier + c, n);
