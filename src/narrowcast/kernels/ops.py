@@ -10,14 +10,22 @@ import warnings
 
 import torch
 
-from narrowcast.kernels import reference, reference_conv, reference_embedding, reference_recurrent
+from narrowcast.kernels import (
+    reference,
+    reference_conv,
+    reference_embedding,
+    reference_encode,
+    reference_recurrent,
+)
 from narrowcast.kernels.capability import capability, load_library, missing_library
 from narrowcast.kernels.op import TIERS, Op
 
 NAMESPACE = "narrowcast"
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (*reference.OPS, *reference_conv.OPS, *reference_recurrent.OPS, *reference_embedding.OPS)
+    op.name: op
+    for room in (reference, reference_conv, reference_recurrent, reference_embedding, reference_encode)
+    for op in room.OPS
 }
 """Every operator by name."""
 
