@@ -12,6 +12,8 @@ namespace narrowcast {
 namespace {
 
 typedef float Float16 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int16 __attribute__((vector_size(64)));
 typedef int8_t Byte16 __attribute__((vector_size(16)));
 typedef uint8_t Unsigned16 __attribute__((vector_size(16)));
@@ -46,16 +48,27 @@ __attribute__((always_inline)) inline Float16 nearest(Float16 value) {
   return (value + magic) - magic;
 }
 
+// The four 128-bit quarters of a vector joined two by two, then the lanes of the last one.
+template <class Join>
+__attribute__((always_inline)) inline float join_lanes(Float16 v, Join join) {
+  const Float8 eight = join(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const Float4 four = join(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  const Float4 two = join(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  return join(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
+}
+
 __attribute__((always_inline)) inline float smallest_of(Float16 value) {
-  float least = value[0];
-  for (int lane = 1; lane < kLanes; ++lane) least = value[lane] < least ? value[lane] : least;
-  return least;
+  return join_lanes(value, [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; });
 }
 
 __attribute__((always_inline)) inline float largest_of(Float16 value) {
-  float most = value[0];
-  for (int lane = 1; lane < kLanes; ++lane) most = value[lane] > most ? value[lane] : most;
-  return most;
+  return join_lanes(value, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// The sum of the lanes in halves: (i, i + 8), then (i, i + 4), (i, i + 2), (i, i + 1).
+__attribute__((always_inline)) inline float sum_of(Float16 value) {
+  return join_lanes(value, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 }  // namespace

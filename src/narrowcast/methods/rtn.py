@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, QuantSpec, block_shape, quantize, to_blocks
+from narrowcast.core import QuantizedTensor, QuantSpec, block_shape, to_blocks
 from narrowcast.errors import RecipeError
 from narrowcast.methods.base import Seen, check_weight, relative_importance
+from narrowcast.methods.native import round_to_nearest
 from narrowcast.methods.range_search import search_range
 
 # Weights in one chunk; bounds the memory of the search, changes no code.
@@ -64,11 +65,11 @@ class Rtn:
         importance = relative_importance(seen, weight.shape[1])
         keep = self.range == "absmax" or (self.range == "auto" and importance is None and spec.format.bits >= 8)
         if keep or not spec.format.scaled or weight.numel() == 0:
-            return quantize(weight, spec)
+            return round_to_nearest(weight, spec)
         found = _search(weight, spec, importance, self.refinements)
         scale = torch.cat([scale for scale, _ in found])
         zero_points = [zero_point for _, zero_point in found if zero_point is not None]
-        return quantize(weight, spec, scale, torch.cat(zero_points) if zero_points else None)
+        return round_to_nearest(weight, spec, scale, torch.cat(zero_points) if zero_points else None)
 
 
 def _search(

@@ -18,14 +18,12 @@ from narrowcast.core import (
     PerGroup,
     QuantizedTensor,
     QuantSpec,
-    pack,
     packed_width,
     scale_shape,
     split_int8_scale,
     spread_channels,
-    unpack,
 )
-from narrowcast.core.formats import FORMATS
+from narrowcast.core.formats import FORMATS, NumberFormat
 from narrowcast.errors import FormatError
 from narrowcast.nn.activation import Activation
 
@@ -194,7 +192,7 @@ class StoredWeight:
                 f"weight {self.name!r} is {self.spec} of shape {self.shape}, got {record.spec} of shape {record.shape}"
             )
         number = self.spec.format
-        parts = {"codes": pack(record.codes, number) if number.bits < 8 else record.codes.contiguous()}
+        parts = {"codes": _pack(record.codes, number) if number.bits < 8 else record.codes.contiguous()}
         if record.scale is not None:
             parts |= self._encode_scale(record.scale)
         if record.zero_point is not None:
@@ -226,7 +224,7 @@ class StoredWeight:
         number = self.spec.format
         codes: Tensor = getattr(owner, f"{self.name}_codes")
         if number.bits < 8:
-            codes = unpack(codes, number, self.shape[1])
+            codes = _unpack(codes, number, self.shape[1])
         zero_point = None
         if not self.spec.symmetric:
             zero_point = getattr(owner, f"{self.name}_zero_point").to(torch.int32) + int(number.low)
@@ -261,6 +259,23 @@ class StoredWeight:
         if isinstance(granularity, PerGroup):
             return self.group % 32 == 0 or self.group == self.shape[1]
         return isinstance(granularity, PerChannel)
+
+
+def _pack(codes: Tensor, number: NumberFormat) -> Tensor:
+    packed: Tensor = torch.ops.narrowcast.pack_codes(codes, number.bits, _field_offset(number))
+    return packed
+
+
+def _unpack(packed: Tensor, number: NumberFormat, columns: int) -> Tensor:
+    codes: Tensor = torch.ops.narrowcast.unpack_codes(
+        packed, number.bits, _field_offset(number), columns, number.storage == torch.int8
+    )
+    return codes
+
+
+def _field_offset(number: NumberFormat) -> int:
+    """The code whose packed field is 0."""
+    return int(number.low) if number.kind == "int" else 0
 
 
 def row_sums(codes: Tensor, factors: Tensor | None = None) -> Tensor:
