@@ -4,6 +4,6 @@
 
 namespace narrowcast {
 
-const EncodeKernels encode_scalar = {choose, encode, error, pack, unpack};
+const EncodeKernels encode_scalar = {choose, encode, error, pack_fields, unpack_fields};
 
 }  // namespace narrowcast
