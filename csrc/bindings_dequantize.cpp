@@ -1,5 +1,6 @@
 // Torch bindings of the weight-only ops: stored codes to float32, at memory speed, on all threads.
 #include "binding.h"
+#include "binding_stored.h"
 #include "dequantize.h"
 
 namespace narrowcast {
@@ -71,10 +72,24 @@ Tensor dequantize_int4(const Tensor& weight, const Tensor& scale, const std::opt
   return out;
 }
 
+Tensor dequantize_weight(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                         const std::optional<Tensor>& levels, int64_t bits, int64_t group, int64_t columns) {
+  const StoredWeightArguments stored(codes, scale, zero_point, levels, bits, group, columns, "dequantize_weight");
+  const int64_t sizes[] = {stored.rows(), columns};
+  Tensor out = empty_tensor(sizes, 2, FloatType::float32);
+  auto* values = static_cast<float*>(out.mutable_data_ptr());
+  const ExpandKernels& kernels = kExpandTiers.active();
+  for_each_row(stored.rows(), columns, [&](int64_t row) {
+    kernels.expand(stored.weight(), row, 0, columns, values + row * columns);
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace narrowcast
 
 STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, library) {
   library.impl("dequantize_int8", TORCH_BOX(&narrowcast::dequantize_int8));
+  library.impl("dequantize_weight", TORCH_BOX(&narrowcast::dequantize_weight));
   library.impl("dequantize_int4", TORCH_BOX(&narrowcast::dequantize_int4));
 }

@@ -14,6 +14,9 @@ enum class FloatType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 // The tier in use: the best one this CPU and operating system have, unless NARROWCAST_ISA or set_isa chose another.
 Isa active_isa();
 
+// Whether the CPU has AVX-512 BF16, which kernels for float inputs use beside the AVX-512 VNNI tier.
+bool has_avx512bf16();
+
 // One tensor family's kernels, chosen by tier; a tier without its own body names the next lower one.
 template <class Table>
 struct Tiers {

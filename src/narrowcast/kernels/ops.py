@@ -16,6 +16,7 @@ from narrowcast.kernels import (
     reference_embedding,
     reference_encode,
     reference_recurrent,
+    reference_weight_only,
 )
 from narrowcast.kernels.capability import capability, load_library, missing_library
 from narrowcast.kernels.op import TIERS, Op
@@ -24,7 +25,14 @@ NAMESPACE = "narrowcast"
 
 OPS: dict[str, Op] = {
     op.name: op
-    for room in (reference, reference_conv, reference_recurrent, reference_embedding, reference_encode)
+    for room in (
+        reference,
+        reference_conv,
+        reference_recurrent,
+        reference_embedding,
+        reference_encode,
+        reference_weight_only,
+    )
     for op in room.OPS
 }
 """Every operator by name."""
