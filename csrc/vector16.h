@@ -6,6 +6,10 @@
 
 #include "kernels.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // these functions are inlined: no vector is ever passed between files
 
 namespace narrowcast {
@@ -38,6 +42,31 @@ __attribute__((always_inline)) inline Float16 load16f_tail(const float* data, in
 }
 
 __attribute__((always_inline)) inline void store16f(float* data, Float16 value) { memcpy(data, &value, sizeof(value)); }
+
+// Bytes to integers and back; spelled out where GCC 12 makes a dozen instructions of one.
+__attribute__((always_inline)) inline Int16 widen(Unsigned16 bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Int16>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
+#else
+  return __builtin_convertvector(bytes, Int16);
+#endif
+}
+
+__attribute__((always_inline)) inline Int16 widen(Byte16 bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Int16>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+#else
+  return __builtin_convertvector(bytes, Int16);
+#endif
+}
+
+__attribute__((always_inline)) inline Byte16 narrow(Int16 values) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Byte16>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values)));
+#else
+  return __builtin_convertvector(values, Byte16);
+#endif
+}
 
 __attribute__((always_inline)) inline Float16 smaller(Float16 a, Float16 b) { return a < b ? a : b; }
 __attribute__((always_inline)) inline Float16 larger(Float16 a, Float16 b) { return a > b ? a : b; }
