@@ -197,49 +197,8 @@ def linear_int4_dynamic(
     return _finish(total, x, bias)
 
 
-def dequantize_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Float32 weights of int8 codes.
-
-    Args:
-        weight:     [N, K] int8.
-        scale:      [N] float32.
-        zero_point: [N] uint8, the code of 0.0 with 128 added; None for symmetric codes.
-
-    Returns:
-        [N, K] float32: (code - zero point) * scale.
-    """
-    if zero_point is None:
-        return weight.float() * scale[:, None]
-    return (weight.to(torch.int16) - (zero_point.to(torch.int16) - 128)[:, None]).float() * scale[:, None]
-
-
-def dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
-    """Float32 weights [N, columns] of packed int4 rows.
-
-    Args:
-        weight:     [N, ceil(columns / 2)] uint8, two unsigned nibbles per byte, the first in the low half.
-        scale:      [N, ceil(columns / group)] float16.
-        zero_point: [N, ceil(columns / group)] uint8, or None for 8.
-        group:      columns per scale, > 0.
-        columns:    K.
-
-    Returns:
-        [N, columns] float32: (nibble - zero_point) * scale.
-    """
-    centred = _centred_int4(weight, zero_point, group, columns).float()
-    return centred * scale.float().repeat_interleave(group, dim=1)[:, :columns]
-
-
 def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _fake_dequantize_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    return scale.new_empty(weight.shape)
-
-
-def _fake_dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
-    return scale.new_empty((weight.shape[0], columns), dtype=torch.float32)
 
 
 OPS = (
@@ -261,17 +220,5 @@ OPS = (
         "(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int group) -> Tensor",
         linear_int4_dynamic,
         _fake_linear,
-    ),
-    Op(
-        "dequantize_int8",
-        "(Tensor weight, Tensor scale, Tensor? zero_point=None) -> Tensor",
-        dequantize_int8,
-        _fake_dequantize_int8,
-    ),
-    Op(
-        "dequantize_int4",
-        "(Tensor weight, Tensor scale, Tensor? zero_point, int group, int columns) -> Tensor",
-        dequantize_int4,
-        _fake_dequantize_int4,
     ),
 )

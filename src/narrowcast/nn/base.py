@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from narrowcast.core import (
+    PerBlock,
     PerChannel,
     PerGroup,
     QuantizedTensor,
@@ -25,7 +27,12 @@ from narrowcast.core import (
 )
 from narrowcast.core.formats import FORMATS, NumberFormat
 from narrowcast.errors import FormatError
+from narrowcast.kernels import kernel_name  # noqa: F401  importing it defines torch.ops.narrowcast
 from narrowcast.nn.activation import Activation
+
+
+KernelArguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]
+"""codes, scale, zero_point, levels, bits and group of a stored weight, in the order of the weight-only ops."""
 
 
 class InstalledModule(nn.Module):
@@ -232,18 +239,34 @@ class StoredWeight:
 
     def dequantize(self, owner: nn.Module) -> Tensor:
         """The float32 weight [rows, columns], by the native kernel where there is one for this format."""
-        number, granularity = self.spec.format, self.spec.granularity
+        arguments = self.kernel_arguments(owner)
+        if arguments is None:
+            return self.to_record(owner).dequantize()
+        return torch.ops.narrowcast.dequantize_weight(*arguments, self.shape[1])  # type: ignore[no-any-return]
+
+    def has_kernel(self) -> bool:
+        """Whether the weight-only ops read this format: one with scales, each for a group of a row or for all rows."""
+        return self.spec.format.scaled and not isinstance(self.spec.granularity, PerBlock)
+
+    def kernel_arguments(self, owner: nn.Module) -> KernelArguments | None:
+        """The stored tensors as the weight-only ops take them; None for formats and blocks that they do not read.
+
+        Returns:
+            (codes, scale, zero_point, levels, bits, group): see `kernels.reference_weight_only.dequantize_weight`.
+        """
+        if not self.has_kernel():
+            return None
+        number = self.spec.format
         codes: Tensor = getattr(owner, f"{self.name}_codes")
-        if number.name == "int8" and isinstance(granularity, PerChannel) and self.spec.scale_format == "fp32":
-            scale: Tensor = getattr(owner, f"{self.name}_scale")
-            zero = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point").view(-1)
-            return torch.ops.narrowcast.dequantize_int8(codes, scale.view(-1), zero)  # type: ignore[no-any-return]
-        if self.runs_as_int4():
-            zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
-            return torch.ops.narrowcast.dequantize_int4(  # type: ignore[no-any-return]
-                codes, getattr(owner, f"{self.name}_scale"), zero_point, self.group, self.shape[1]
-            )
-        return self.to_record(owner).dequantize()
+        zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
+        stored: Tensor | None = getattr(owner, f"{self.name}_scale")
+        scale = self.scale(owner) if self.spec.scale_format == "int8" else stored
+        assert scale is not None
+        levels = None
+        if number.kind != "int":
+            levels = kernel_levels(number.name).to(codes.device)
+            codes = codes.view(torch.uint8)
+        return codes, scale, zero_point, levels, number.bits, self.group
 
     @property
     def group(self) -> int:
@@ -276,6 +299,13 @@ def _unpack(packed: Tensor, number: NumberFormat, columns: int) -> Tensor:
 def _field_offset(number: NumberFormat) -> int:
     """The code whose packed field is 0."""
     return int(number.low) if number.kind == "int" else 0
+
+
+@lru_cache
+def kernel_levels(name: str) -> Tensor:
+    """The float32 value of every field of a format that is not of integers."""
+    number = FORMATS[name]
+    return number.decode(torch.arange(2**number.bits, dtype=torch.uint8).view(number.storage))
 
 
 def row_sums(codes: Tensor, factors: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from narrowcast.errors import DataError
 from narrowcast.kernels import kernel_name
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
 from narrowcast.nn.base import QuantizedModule, StoredWeight
+from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 
 def is_int8_per_channel(spec: QuantSpec) -> bool:
@@ -101,6 +102,9 @@ class QuantizedLinear(QuantizedModule):
         """See `QuantizedModule`."""
         if self._op is not None:
             return kernel_name(self._op)
+        native = weight_only_kernel(self.stored("weight"))
+        if self.activation.mode == "float" and native is not None:
+            return native
         target = f" in {self.activation.spec}" if self.activation.mode == "cast" else ""
         return f"torch linear{target}, weight dequantized at each call"
 
@@ -131,6 +135,8 @@ class QuantizedLinear(QuantizedModule):
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = self.weight_codes if self.weight_codes.dtype == dtype else self.weight.to(dtype)
             return functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+        if (y := weight_only_linear(self.stored("weight"), self, x, self.bias)) is not None:
+            return y
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.weight.to(x.dtype), bias)
 
