@@ -1,5 +1,6 @@
 // Torch bindings of the ops that quantize weights: rounding, error, packing, on all threads.
 #include "binding.h"
+#include "binding_encode.h"
 #include "encode.h"
 
 namespace narrowcast {
@@ -21,13 +22,6 @@ struct Groups {
                      "], got ", shape_text(part));
   }
 };
-
-CodeRange code_range(int64_t bits, bool symmetric, int64_t scale_format, const char* op) {
-  NARROWCAST_CHECK(bits >= 2 && bits <= 8 && bits != 7, op, "bits must be 2..6 or 8, got ", bits);
-  NARROWCAST_CHECK(scale_format >= 0 && scale_format <= 2, op, "scale_format must be in 0..2, got ", scale_format);
-  const auto high = static_cast<float>((1 << (bits - 1)) - 1);
-  return {symmetric ? -high : -high - 1.0f, high, symmetric, static_cast<ScaleFormat>(scale_format)};
-}
 
 // Runs one_row(row) for all rows; a task takes about 32768 values.
 template <class OneRow>
@@ -174,6 +168,14 @@ Tensor unpack_codes(const Tensor& packed, int64_t bits, int64_t offset, int64_t 
 }
 
 }  // namespace
+
+CodeRange code_range(int64_t bits, bool symmetric, int64_t scale_format, const char* op) {
+  NARROWCAST_CHECK(bits >= 2 && bits <= 8 && bits != 7, op, "bits must be 2..6 or 8, got ", bits);
+  NARROWCAST_CHECK(scale_format >= 0 && scale_format <= 2, op, "scale_format must be in 0..2, got ", scale_format);
+  const auto high = static_cast<float>((1 << (bits - 1)) - 1);
+  return {symmetric ? -high : -high - 1.0f, high, symmetric, static_cast<ScaleFormat>(scale_format)};
+}
+
 }  // namespace narrowcast
 
 STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, library) {

@@ -16,6 +16,7 @@ from narrowcast.kernels import (
     reference_embedding,
     reference_encode,
     reference_recurrent,
+    reference_search,
     reference_weight_only,
 )
 from narrowcast.kernels.capability import capability, load_library, missing_library
@@ -31,6 +32,7 @@ OPS: dict[str, Op] = {
         reference_recurrent,
         reference_embedding,
         reference_encode,
+        reference_search,
         reference_weight_only,
     )
     for op in room.OPS

@@ -27,7 +27,8 @@ from narrowcast.core.spec import SCALE_FORMATS
 from narrowcast.kernels.op import Op
 
 
-def _spec(bits: int, group: int, symmetric: bool, scale_format: int) -> QuantSpec:
+def signed_spec(bits: int, group: int, symmetric: bool, scale_format: int) -> QuantSpec:
+    """The spec of signed integers with one scale per group; `scale_format` is a position in SCALE_FORMATS."""
     return QuantSpec(FORMATS[f"int{bits}"], PerGroup(group), symmetric, SCALE_FORMATS[scale_format])
 
 
@@ -50,7 +51,7 @@ def quantize_weight(
         FormatError: the weight is not finite or a scale does not fit. The native body gives such groups a scale that
             is not finite instead, and leaves the message to this one.
     """
-    record = quantize(weight, _spec(bits, group, symmetric, scale_format))
+    record = quantize(weight, signed_spec(bits, group, symmetric, scale_format))
     assert record.scale is not None
     zero_point = record.zero_point
     return record.codes, record.scale, weight.new_empty((0, 0), dtype=torch.int32) if zero_point is None else zero_point
@@ -69,7 +70,7 @@ def encode_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grou
     Returns:
         codes [N, K] int8.
     """
-    spec = _spec(bits, group, zero_point is None, 0)
+    spec = signed_spec(bits, group, zero_point is None, 0)
     codes = quantize_blocks(to_blocks(weight, spec.granularity), spec, scale, zero_point)
     return from_blocks(codes, spec.granularity, (weight.shape[0], weight.shape[1]))
 
@@ -84,7 +85,7 @@ def quantization_error(weight: Tensor, codes: Tensor, scale: Tensor, zero_point:
         zero_point: of that shape, int32, or None.
         group: columns that share a scale.
     """
-    decoded = QuantizedTensor(codes, scale, zero_point, _spec(8, group, zero_point is None, 0)).dequantize()
+    decoded = QuantizedTensor(codes, scale, zero_point, signed_spec(8, group, zero_point is None, 0)).dequantize()
     exact = weight.to(torch.float64)
     return torch.stack([exact.square().sum(), (exact - decoded.to(torch.float64)).square().sum()])
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-import narrowcast.kernels  # noqa: F401  defines torch.ops.narrowcast
+import narrowcast.kernels  # noqa: F401  importing it defines torch.ops.narrowcast
 from narrowcast.core import (
     SCALE_FORMATS,
     PerChannel,
@@ -18,7 +18,9 @@ from narrowcast.core import (
     quantize,
     sqnr_db,
 )
+from narrowcast.kernels.reference_search import search_weight
 
+_LONGEST_BLOCK = 65536
 # Scales this large may decode to infinity; `core` looks at every such block and names the one that does.
 _NEAR_OVERFLOW = 2.0**100
 _LARGEST_SCALE = {"fp32": _NEAR_OVERFLOW, "fp16": 65504.0, "e8m0": _NEAR_OVERFLOW}
@@ -61,6 +63,32 @@ def round_to_nearest(
     if scale.numel() and not float(scale.max()) <= _LARGEST_SCALE[spec.scale_format]:
         return quantize(weight, spec)  # for its error, or because it is large and still fits
     return QuantizedTensor(codes, scale, None if spec.symmetric else zeros, spec)
+
+
+def search_range(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None, refinements: int
+) -> tuple[Tensor, Tensor | None]:
+    """The range of every block with the least squared error, see `kernels/reference_search.py`; the same bits natively.
+
+    Args:
+        weight: [out, in] float32, finite, not empty.
+        spec: target format, one with scales.
+        importance: [in] float32 >= 0; None for 1 everywhere.
+        refinements: rounds of refinement after the grid.
+
+    Returns:
+        scale [block_rows, block_columns] float32 as it is stored; zero point of that shape, int32, or None.
+    """
+    _, group = block_shape(spec.granularity, (weight.shape[0], weight.shape[1]))
+    # longer blocks are summed in pieces there; the full range's errors are raised there
+    if weight.device.type != "cpu" or not has_native_body(spec) or group > _LONGEST_BLOCK:
+        return search_weight(weight, spec, importance, refinements)
+    scale, zero_point = torch.ops.narrowcast.search_range(
+        weight, importance, group, spec.format.bits, spec.symmetric, SCALE_FORMATS.index(spec.scale_format), refinements
+    )
+    if not float(scale.max()) < _LARGEST_SCALE[spec.scale_format]:
+        return search_weight(weight, spec, importance, refinements)
+    return scale, None if spec.symmetric else zero_point
 
 
 def weight_sqnr_db(weight: Tensor, record: QuantizedTensor) -> float:
