@@ -13,8 +13,8 @@ from narrowcast.errors import DataError, FormatError
 from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_group_of
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
-from narrowcast.nn.base import QuantizedModule
-
+from narrowcast.nn.base import QuantizedModule, StoredWeight
+from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
 _INT8_STATIC = torch.ops.narrowcast.linear_int8_static.default
@@ -134,6 +134,9 @@ class QuantizedLinear(QuantizedModule):
         """See `QuantizedModule`."""
         if self._op is not None:
             return kernel_name(self._op)
+        native = weight_only_kernel(self.stored("weight"))
+        if self.activation.mode == "float" and native is not None:
+            return native
         target = f" in {self.activation.spec}" if self.activation.mode == "cast" else ""
         return f"torch linear{target}, weight dequantized at each call"
 
@@ -168,6 +171,8 @@ class QuantizedLinear(QuantizedModule):
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = self.weight_codes if self.weight_codes.dtype == dtype else self.weight.to(dtype)
             return functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+        if (y := weight_only_linear(self.stored("weight"), self, x, self.bias)) is not None:
+            return y
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.weight.to(x.dtype), bias)
 

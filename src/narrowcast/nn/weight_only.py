@@ -1,0 +1,44 @@
+"""Linear layers whose input stays float: one op call that reads the weight as it is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.errors import DataError
+from narrowcast.kernels import kernel_name
+from narrowcast.nn.base import StoredWeight
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weight_only_kernel(stored: StoredWeight) -> str | None:
+    """What runs a weight on float inputs: the op and tier; None where torch multiplies with the dequantized weight."""
+    return kernel_name("linear_weight_only") if stored.has_kernel() else None
+
+
+def weight_only_linear(stored: StoredWeight, owner: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`x` times the stored weight plus bias, in the dtype of `x`.
+
+    Args:
+        stored: the description of the weight.
+        owner: the module that holds its buffers.
+        x: [..., in] float.
+        bias: [out] float32 or None.
+
+    Returns:
+        [..., out]; None where the op does not apply: formats without scales or in blocks, other dtypes and devices,
+        inputs that need a gradient (the op has none).
+
+    Raises:
+        DataError: the input has another number of features than the weight.
+    """
+    if x.device.type != "cpu" or x.dtype not in _FLOATS or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    arguments = stored.kernel_arguments(owner)
+    if arguments is None:
+        return None
+    if x.shape[-1] != stored.shape[1]:  # the packed rows of an odd width and the next look alike to the op
+        raise DataError(f"linear layer: the input has {x.shape[-1]} features, expected {stored.shape[1]}")
+    *tensors, bits, group = arguments
+    return torch.ops.narrowcast.linear_weight_only(x, *tensors, bias, bits, group)  # type: ignore[no-any-return]
