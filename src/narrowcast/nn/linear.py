@@ -133,7 +133,7 @@ class QuantizedLinear(QuantizedModule):
     def kernel(self) -> str:
         """See `QuantizedModule`."""
         if self._op is not None:
-            return kernel_name(self._op)
+            return kernel_name(self._op) + ("" if self.fused == "none" else f" with {self.fused}")
         target = f" in {self.activation.spec}" if self.activation.mode == "cast" else ""
         return f"torch linear{target}, weight dequantized at each call"
 
