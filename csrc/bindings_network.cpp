@@ -88,7 +88,7 @@ std::vector<Tensor> new_outputs(Call& call) {
 }
 
 Chunk make_chunk(const Call& call, int64_t first, int64_t images) {
-  const int64_t bytes = images * call.network.arena_bytes + kArenaSlack;
+  const int64_t bytes = images * call.network.arena_bytes + call.network.slack_bytes;
   return {call.network, kNetworkTiers.active(), kConvTiers.active(), first, images,
           static_cast<uint8_t*>(workspace(Slot::codes, bytes)), call.outputs.data()};
 }
