@@ -1,4 +1,4 @@
-# setup | native | check | test | test-arm | test-sanitize | bench | demo | clean. Needs Python >= 3.10 (PYTHON=...) and a C++20 compiler; nothing else.
+# setup | native | check | test | test-arm | test-sanitize | wheel | bench | demo | clean. Needs Python >= 3.10 (PYTHON=...) and a C++20 compiler; nothing else.
 # A plain `pip install torch` may bring a CUDA build of several GB: the CPU build is taken where the index offers one.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt
 LIBRARY_STAMP := $(VENV)/.native
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup native check test test-arm test-sanitize bench demo clean
+.PHONY: setup native check test test-arm test-sanitize wheel bench demo clean
 
 # The virtual environment with torch and the build tools; torch first, so that nothing else chooses its version.
 $(VENV)/.tools:
@@ -54,6 +54,11 @@ test-arm: $(VENV)/.tools
 # This machine's kernels under the address and undefined-behaviour sanitizers.
 test-sanitize: $(VENV)/.tools
 	$(BIN)/python tests/native/run.py sanitize
+
+# One wheel for every Python >= 3.10 and torch >= 2.10 on this platform, in dist/.
+wheel: $(VENV)/.tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --wheel-dir dist .
 
 bench: setup native
 	$(BIN)/python -m benchmarks

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "safetensors", "transformers", "onnxruntime", "onnx", "onnxscript")
+PACKAGES = ("torch", "numpy", "safetensors", "transformers", "onnxruntime", "onnx", "onnxscript", "openvino", "nncf")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -59,14 +59,18 @@ def torch_bfloat16(kit: KitModel, batch: Batch) -> Call:
     return eager(kit.build().to(torch.bfloat16), converted(batch, lambda tensor: tensor.to(torch.bfloat16)))
 
 
-def torch_ao_dynamic(kit: KitModel, batch: Batch) -> Call:
+def torch_ao_model(kit: KitModel) -> nn.Module:
     """torch.ao.quantization.quantize_dynamic with its defaults: linear layers and LSTMs in int8."""
     if kit.kind == "cnn":
         raise UnavailableError("torch.ao's dynamic quantization has no convolutions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it announces its own removal
-        model = torch.ao.quantization.quantize_dynamic(kit.build(), {nn.Linear, nn.LSTM}, dtype=torch.qint8)
-    return eager(model, batch)
+        return torch.ao.quantization.quantize_dynamic(kit.build(), {nn.Linear, nn.LSTM}, dtype=torch.qint8)
+
+
+def torch_ao_dynamic(kit: KitModel, batch: Batch) -> Call:
+    """The model with torch.ao's dynamic int8."""
+    return eager(torch_ao_model(kit), batch)
 
 
 def onnxruntime_float32(kit: KitModel, batch: Batch) -> Call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def output_folder(options: argparse.Namespace, presets: Sequence[str]) -> Path:
     if options.out:
         return Path(options.out)
     complete = not options.quick and set(options.models) == set(KIT_NAMES) and set(options.presets) == set(presets)
+    return folder_of(complete)
+
+
+def folder_of(complete: bool) -> Path:
+    """benchmarks/results for a complete run, build/benchmarks for any other."""
     return REPOSITORY / ("benchmarks/results" if complete else "build/benchmarks")
 
 
@@ -53,6 +59,11 @@ def _missing(name: str) -> str | None:
     except (MissingDataError, ImportError) as missing:
         return str(missing)
     return None
+
+
+def load_average() -> float:
+    """How many processes wanted a core over the last minute: a measurement beside others is worth less."""
+    return round(os.getloadavg()[0], 2)
 
 
 def write_results(folder: Path, name: str, document: dict[str, Any], page: str) -> None:

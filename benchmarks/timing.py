@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ class Timing:
 
     Attributes:
         rounds: median of every burst, in the order of the rounds.
+        fastest: the fastest single call of all bursts; what the machine can do when nothing disturbs it.
     """
 
     rounds: tuple[float, ...]
+    fastest: float = math.nan
 
     @property
     def median(self) -> float:
@@ -35,8 +38,8 @@ class Timing:
         return median(theirs / mine for mine, theirs in zip(self.rounds, other.rounds, strict=True))
 
 
-def burst(call: Call, seconds: float, least: int) -> float:
-    """Median milliseconds of at least `least` calls that fill at least `seconds`."""
+def burst(call: Call, seconds: float, least: int) -> list[float]:
+    """Milliseconds of each of at least `least` calls that fill at least `seconds`."""
     times: list[float] = []
     total = 0.0
     while total < seconds or len(times) < least:
@@ -44,7 +47,7 @@ def burst(call: Call, seconds: float, least: int) -> float:
         call()
         times.append(time.perf_counter() - started)
         total += times[-1]
-    return 1000.0 * median(times)
+    return [1000.0 * duration for duration in times]
 
 
 def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float, least: int = 3) -> dict[str, Timing]:
@@ -61,8 +64,8 @@ def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float, l
     """
     for call in contenders.values():
         call()
-    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    bursts: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            measured[name].append(burst(call, seconds, least))
-    return {name: Timing(tuple(times)) for name, times in measured.items()}
+            bursts[name].append(burst(call, seconds, least))
+    return {name: Timing(tuple(map(median, each)), min(map(min, each))) for name, each in bursts.items()}

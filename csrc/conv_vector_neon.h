@@ -45,8 +45,12 @@ NC_INLINE Float divide(Float a, Float b) { return vdivq_f32(a, b); }
 NC_INLINE Float watch(Float seen, Float v) { return vfmaq_f32(seen, v, vdupq_n_f32(0.0f)); }
 NC_INLINE bool any_nan(Float v) { return vminvq_u32(vceqq_f32(v, v)) == 0; }
 NC_INLINE Float at_most(Float v, Float high) { return vminq_f32(v, high); }
-// A NaN stays one and becomes code 0 below: the caller reports it.
-NC_INLINE Float clamp(Float v, Float low, Float high) { return vminq_f32(vmaxq_f32(v, low), high); }
+// The bound is returned for a NaN: the caller reports the NaN. Compared and not by FMAX, whose NaN and zeros of
+// different sign come out otherwise than on the other tiers.
+NC_INLINE Float clamp(Float v, Float low, Float high) {
+  const Float raised = vbslq_f32(vcgtq_f32(v, low), v, low);
+  return vbslq_f32(vcltq_f32(raised, high), raised, high);
+}
 NC_INLINE Int to_int(Float v) { return vcvtnq_s32_f32(v); }
 NC_INLINE Float to_float(Int v) { return vcvtq_f32_s32(v); }
 NC_INLINE Int float_bits(Float v) { return vreinterpretq_s32_f32(v); }

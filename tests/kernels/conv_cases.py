@@ -100,6 +100,12 @@ SHAPES = {
     "pointwise stride": ConvCase(channels=6, outputs=70, kernel=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0)),
     "pointwise padded": ConvCase(channels=5, outputs=3, kernel=(1, 1), padding=(1, 0, 2, 1)),
     "rectangular": ConvCase(channels=4, outputs=18, kernel=(1, 7), padding=(0, 3, 0, 3)),
+    "padding alone": ConvCase(
+        channels=4, height=2, width=1, outputs=6, kernel=(1, 1), stride=(8, 8), padding=(3, 3, 3, 3)
+    ),
+    "depthwise padding alone": ConvCase(
+        channels=6, height=9, width=2, outputs=6, groups=6, kernel=(2, 1), stride=(3, 30), padding=(1, 19, 1, 0)
+    ),
     "even kernel": ConvCase(channels=9, outputs=16, kernel=(4, 2), stride=(3, 2), padding=(2, 0, 1, 1)),
     "dilated": ConvCase(channels=12, height=11, outputs=19, dilation=(2, 3), padding=(2, 3, 2, 3)),
     "asymmetric": ConvCase(channels=7, outputs=5, padding=(0, 3, 2, 1), stride=(2, 1)),

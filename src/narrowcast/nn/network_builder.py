@@ -229,43 +229,38 @@ def _mask(builder: _Builder, image: str, channels: int, reader: str) -> Tensor:
     return torch.ones(channels, dtype=torch.float64)
 
 
+_EXACT = {(-math.inf, math.inf): Activation.NONE, (0.0, math.inf): Activation.RELU, (0.0, 6.0): Activation.RELU6}
+
+
 def _add_sum(builder: _Builder, entry: Sum) -> None:
-    """The steps for a convolution or addition and what follows it: as codes, as floats, or as floats and then codes."""
-    name = entry.nodes[-1]
-    code = builder.wants.codes.get(name)
-    both = code is not None and name in builder.wants.floats
-    _add_step(builder, entry, None if both else code)
-    if both:
-        assert code is not None
-        low, high = torch.zeros_like(code.zero), torch.full_like(code.zero, 255.0)
-        constants = builder.add_constants(1 / code.scale, 0.0, code.zero, low, high, channels=builder.counts[name])
-        floats = builder.value_of((name, False))
-        builder.steps.append(Step(StepKind.ADD, floats, builder.value_of((name, True)), floats, constants))
-
-
-def _add_step(builder: _Builder, entry: Sum, code: Code | None) -> None:
+    """One step for a convolution or addition and what follows it."""
     name, channels = entry.nodes[-1], builder.counts[entry.nodes[-1]]
-    op = builder.region.ops[entry.nodes[0]]
-    # with an activation the codes are made at the end; otherwise all constants are in codes at once
-    late = entry.activation is not Activation.NONE
+    op, code = builder.region.ops[entry.nodes[0]], builder.wants.codes.get(entry.nodes[-1])
+    both = code is not None and name in builder.wants.floats
+    activation = entry.activation
+    if both and activation is Activation.NONE:
+        if (entry.low, entry.high) not in _EXACT:
+            raise ConflictError(name, f"a clamp to {entry.low:g} and {entry.high:g} is read as codes and as floats")
+        activation = _EXACT[entry.low, entry.high]
+    # with an activation, or a float copy, the codes are made at the end; otherwise all constants are in codes at once
+    late = both or activation is not Activation.NONE
     scale = torch.ones(channels, dtype=torch.float64) if code is None or late else code.scale
     zero = torch.zeros(channels, dtype=torch.float64) if code is None or late else code.zero
     second = None if not entry.second else _mask(builder, entry.second, channels, name) / scale
     rows = [*_main_rows(builder, entry, scale, zero, second), *_bounds(entry, code)]
-    first, target = op.sources[0], builder.value_of((name, code is not None))
-    if op.kind != "conv":
-        values = builder.value_of((first, False)), target, builder.value_of((entry.second or first, False))
-        builder.steps.append(Step(StepKind.ADD, *values, builder.add_constants(*rows, channels=channels)))
-        return
-    rows += [] if second is None else [second]
+    if op.kind == "conv" and second is not None:
+        rows.append(second)
     if late:
         rows += [1.0, 0.0] if code is None else [1 / code.scale, code.zero]
-    module = builder.convolutions[entry.nodes[0]]
+    is_conv = op.kind == "conv"
+    other = entry.second if is_conv else entry.second or op.sources[0]
+    module = builder.convolutions[entry.nodes[0]] if is_conv else None
     step = Step(
-        StepKind.CONV, builder.value_of((first, True)), target,
-        builder.value_of((entry.second, False)) if entry.second else -1,
-        builder.add_constants(*rows, channels=channels), builder.add_panels(module), module.shape.groups, op.window,
-        entry.activation,
+        StepKind.CONV if is_conv else StepKind.ADD, builder.value_of((op.sources[0], is_conv)),
+        builder.value_of((name, code is not None)), builder.value_of((other, False)) if other else -1,
+        builder.add_constants(*rows, channels=channels), 0 if module is None else builder.add_panels(module),
+        1 if module is None else module.shape.groups, op.window, activation,
+        builder.value_of((name, False)) if both else -1,
     )  # fmt: skip
     builder.steps.append(step)
 

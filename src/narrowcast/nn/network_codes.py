@@ -67,10 +67,11 @@ def channel_counts(region: Region, convolutions: Mapping[str, QuantizedConv]) ->
             counts[op.sources[0]] = convolutions[name].shape.in_channels
             counts[name] = convolutions[name].shape.out_channels
             continue
-        known = [counts.get(source) for source in op.sources]
-        if any(count is None for count in known):
-            raise ConflictError(name, "the channels of its input are not known")
-        counts[name] = sum(known) if op.kind == "cat" else known[0] + sum(op.pad)  # type: ignore[operator, arg-type]
+        unknown = [source for source in op.sources if source not in counts]
+        if unknown:
+            raise ConflictError(name, f"it reads {unknown[0]}, which comes from outside and has no range")
+        known = [counts[source] for source in op.sources]
+        counts[name] = sum(known) if op.kind == "cat" else known[0] + sum(op.pad)
     return counts
 
 
