@@ -12,7 +12,7 @@ namespace {
 constexpr const char* kOp = "conv_network_int8";
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr int64_t kCacheBytes = 512 * 1024;  // activations of one thread: half of a 1 MiB second-level cache
-constexpr double kParallelNanoseconds = 20000.0;
+constexpr double kParallelNanoseconds = 10000.0;
 
 struct Call {
   Network network;
