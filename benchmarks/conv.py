@@ -33,10 +33,10 @@ OURS = ("narrowcast static int8", "narrowcast static int8 channels_last")
 TARGETS = {"1x1": ("r_mac", 0.75), "3x3": ("r_mac", 0.65), "depthwise": ("r_bw", 0.4)}
 
 
-def prepared(layer: ConvLayer, skipped: dict[str, str]) -> dict[str, Prepare]:
+def prepared(layer: ConvLayer, skipped: dict[str, str], only: list[str] | None = None) -> dict[str, Prepare]:
     """The contenders that have this layer; the others are named with their reason in `skipped`."""
     found = {}
-    for contender in conv_peers.CONTENDERS:
+    for contender in (c for c in conv_peers.CONTENDERS if only is None or any(text in c.name for text in only)):
         try:
             found[contender.name] = contender.make(layer)
         except Exception as error:  # a contender that cannot do this layer is a result, not a crash
@@ -68,7 +68,7 @@ def measure(layer: ConvLayer, batch: int, limit: Limits, options: Namespace, ski
     x = layer.example(batch)
     expected = functional.relu(layer.module()(x))
     calls, errors = {}, {}
-    for name, prepare in prepared(layer, skipped).items():
+    for name, prepare in prepared(layer, skipped, options.only).items():
         try:
             call = prepare(x)
             errors[name] = worst_error(as_float(call(), call), expected)
@@ -167,12 +167,15 @@ def options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--layers", nargs="+", help="layers whose names contain one of these texts (default: all)")
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: 1 8, with --quick 1)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
+    parser.add_argument("--only", nargs="+", help="contenders whose names contain one of these texts")
     parser.add_argument("--rounds", type=int, default=5, help="bursts per contender (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.02, help="least duration of a burst (default: 0.02)")
     parser.add_argument("--quick", action="store_true", help="four layers, batch 1")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
-    chosen.complete = not (chosen.quick or chosen.layers or chosen.batches or set(chosen.threads) != {1, 2})
+    chosen.complete = not (
+        chosen.quick or chosen.layers or chosen.batches or chosen.only or set(chosen.threads) != {1, 2}
+    )
     wanted = chosen.layers or (QUICK if chosen.quick else ("",))
     chosen.layers = [layer for layer in LAYERS if any(text in layer.name for text in wanted)]
     chosen.batches = chosen.batches or ([1] if chosen.quick else [1, 8])

@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import limits, linear_narrowcast, linear_onnx, linear_page, linear_torch, peers_ggml, results_io
+from benchmarks import (
+    limits,
+    linear_narrowcast,
+    linear_onnx,
+    linear_page,
+    linear_torch,
+    peers_ggml,
+    results_io,
+    roofline,
+)
 from benchmarks.limits import Limits
 from benchmarks.linear_problem import Contender, Prepare, Problem
 from benchmarks.machine import machine
@@ -173,7 +182,7 @@ def case_rows(
         reached = fractions(named[name], shape, case["batch"], timing.median, limit, cold=cold)
         rows.append(
             case
-            | {"contender": name, "family": named[name].family}
+            | {"contender": name, "family": named[name].family, "bits": named[name].bits}
             | {"median_us": round(1e3 * timing.median, 2), "fastest_us": round(1e3 * timing.fastest, 2)}
             | reached
             | {"error": round(errors[name], 5)}
@@ -267,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     again = [limits.measure(threads) for threads in chosen.threads]  # did the machine stay the same?
     document = {
         "machine": facts,
+        "ggml": peers_ggml.version(),
         "limits": limits.as_data(measured),
         "limits_afterwards": limits.as_data(again),
         "targets": linear_page.judged(rows),
@@ -276,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = chosen.out or results_io.folder_of(chosen.complete)
     page = linear_page.markdown(facts, [limits.table(measured), limits.table(again)], rows, skipped)
     results_io.write_results(folder, "linear", document, page)
+    roofline.draw_beside(document, folder)
     missed = any(verdict["met"] is False for verdict in document["targets"])
     return int(not rows or (chosen.strict and missed))
 
