@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, each in a process of its own: `python -m benchmarks [--quick] [--out FOLDER]`."""
+"""Every benchmark in turn, each in a process of its own: `python -m benchmarks [--quick] [--out FOLDER]`."""
 
 from __future__ import annotations
 

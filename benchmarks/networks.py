@@ -89,10 +89,10 @@ def quantized_models(kit: KitModel, skipped: dict[str, str]) -> dict[str, nn.Mod
 
     models = {}
     for preset in PRESETS[kit.kind]:
-        try:
-            models[preset] = nc.quantize(kit.build(), preset, data=kit.calibration(), progress=False).model
-        except Exception as error:  # a benchmark reports whatever a preset raises, and goes on
-            skipped[f"narrowcast {preset}"] = f"{type(error).__name__}: {error}"
+        quantize = partial(nc.quantize, kit.build(), preset, data=kit.calibration(), progress=False)
+        quantized = peers.attempt(f"narrowcast {preset}", quantize, skipped)
+        if quantized is not None:
+            models[preset] = quantized.model
     return models
 
 
@@ -100,16 +100,17 @@ def made(contenders: dict[str, Callable[[], Prepare]], batch: Batch, skipped: di
     """The contenders that answer this batch; the others are named with their reason in `skipped`."""
     ready: dict[str, Prepare] = {}
     for name, make in contenders.items():
-        try:
-            prepare = make()
-            prepare(batch)()
-        except Exception as error:  # a peer that cannot run this network is a result, not a crash
-            text = str(error) if isinstance(error, peers.UnavailableError) else f"{type(error).__name__}: {error}"
-            skipped[name] = text[:300]
-        else:
+        prepare = peers.attempt(name, lambda make=make: tried(make(), batch), skipped)
+        if prepare is not None:
             ready[name] = prepare
             print(f"  ready: {name}", flush=True)
     return ready
+
+
+def tried(prepare: Prepare, batch: Batch) -> Prepare:
+    """The same contender after it has answered this batch once."""
+    prepare(batch)()
+    return prepare
 
 
 def as_tensor(answer: Any) -> Tensor:

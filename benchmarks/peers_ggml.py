@@ -1,8 +1,8 @@
 """ggml's linear layers through ctypes, where a build of ggml is found: Q4_0 in its repacked layout, and Q8_0.
 
-Set NARROWCAST_GGML to the folder that holds libggml-base.so and libggml-cpu.so of a shared-library build (they may lie in
-folders below it). Weights of Q4_0 live in the CPU_REPACK buffer, which interleaves eight rows; on x86 ggml has no such
-layout for Q8_0. Threads are a pool of ggml's own, which waits as soon as a product is done for about a millisecond.
+Set NARROWCAST_GGML to the folder that holds libggml-base.so and libggml-cpu.so of a shared-library build (they may lie
+in folders below it). Weights of Q4_0 live in the CPU_REPACK buffer, which interleaves eight rows; on x86 ggml has no
+such layout for Q8_0. Threads are a pool of ggml's own; they look for work about a millisecond longer and then sleep.
 """
 
 from __future__ import annotations

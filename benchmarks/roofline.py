@@ -1,6 +1,6 @@
 """The roofline plot: what every contender of a linear layer reached against what the machine allows, one mark per peer.
 
-    python -m benchmarks.roofline                        reads benchmarks/results/linear.json, writes linear-*.svg beside it
+    python -m benchmarks.roofline                        of benchmarks/results/linear.json, beside it
     python -m benchmarks.roofline FILE --shapes 2048x2048
 
 Left of the ridge bandwidth decides (batch 1), right of it multiplications do (large batches). A mark below the roof has
@@ -101,7 +101,7 @@ def draw(document: dict[str, Any], shape: str, threads: int, mode: str, path: Pa
 
 
 def draw_all(document: dict[str, Any], folder: Path, shapes: list[str] | None = None) -> list[Path]:
-    """The plots of some shapes in every thread count and mode that was measured; by default the shape with most rows."""
+    """The plots of some shapes, by default of the one with most rows, for every measured thread count and mode."""
     rows = document["rows"]
     counted = [row["shape"] for row in rows]
     written = []
