@@ -153,7 +153,9 @@ def judged(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _mean_verdict(rows: list[Row], family: str, contender: str, least: float) -> dict[str, Any]:
     ratios = [row["ratio"] for row in rows if row["contender"] == contender and "ratio" in row]
-    verdict: dict[str, Any] = {"target": f"{family}: geometric mean over all cases at least {least} x the fastest rival"}
+    verdict: dict[str, Any] = {
+        "target": f"{family}: geometric mean over all cases at least {least} x the fastest rival"
+    }
     if not ratios:
         return verdict | {"cases": 0, "met": None}
     mean = exp(sum(map(log, ratios)) / len(ratios))
