@@ -199,6 +199,7 @@ def fuse_(module: nn.Module, flow: Flow) -> IntegerGraph:
     Returns:
         The graph; without networks in it the module is left as it is.
     """
+    unfuse_(module)
     graph = IntegerGraph(flow, module)
     if graph.fused:
         module.__dict__["_integer_graph"] = graph
