@@ -72,16 +72,16 @@ void test_finish(Random& random) {
   const Tail tail(random, size.channels, size.late, size.target_coded);
   const Pixels second(random, size.pixels, size.channels, random.chance(50));
   const bool adds = random.chance(50);
+  const int64_t first_run = random.between(0, size.pixels);
   same_on_every_tier(text("finish", size.channels, size.pixels), size.out_bytes(), [&](uint8_t* out) {
-    std::vector<uint8_t*> target, floats;
-    std::vector<const uint8_t*> added;
-    for (int64_t p = 0; p < size.pixels; ++p) {
-      target.push_back(out + p * size.target_step());
-      floats.push_back(out + size.target_bytes() + p * 4 * size.channels);
-      added.push_back(second.bytes.data() + p * second.step);
+    PixelRun runs[2];
+    for (int64_t i = 0, p = 0; i < 2; p += runs[i++].pixels) {
+      runs[i] = {i == 0 ? first_run : size.pixels - first_run, out + p * size.target_step(),
+                 second.bytes.data() + p * second.step,
+                 size.copies ? out + size.target_bytes() + p * 4 * size.channels : nullptr};
     }
-    const FinishBlock block{sums.data(),   stride,       size.pixels, size.channels, target.data(),
-                            added.data(), size.copies ? floats.data() : nullptr,    0,           0,             0};
+    const FinishBlock block{sums.data(), stride, size.channels, runs, 2, size.target_step(), second.step,
+                            4 * size.channels, 0, 0, 0};
     const FinishTerms terms{multiplier.data(), offset.data(), adds ? second_multiplier.data() : nullptr, second.coded,
                             tail.terms};
     kNetworkTiers.active().finish(block, terms);
