@@ -55,6 +55,7 @@ NC_INLINE Int encode_word(Encoder& encoder, const float* source, int64_t plane_s
 }
 
 NC_INLINE void store_words(uint8_t* codes, int64_t pixel_stride, int64_t n, Int word) {
+  if (pixel_stride == 4 && n == kLanes) return store_int(reinterpret_cast<int32_t*>(codes), word);
   alignas(64) int32_t lanes[kLanes];
   store_int(lanes, word);
   if (pixel_stride == 4) {

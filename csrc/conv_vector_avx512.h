@@ -81,12 +81,39 @@ NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, pack_bytes(v, offset)));
 }
 
+// The bytes of four vectors one after the other, saturated.
+using Packed = __m512i;
+NC_INLINE Packed pack_pixels(const Int v[4]) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, pack_bytes(v, 0));
+}
+NC_INLINE Packed at_least(Packed a, Packed b) { return _mm512_max_epu8(a, b); }
+// Each vector's bytes, `step` bytes apart.
+NC_INLINE void store_pixels(uint8_t* p, int64_t step, Packed v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + step), _mm512_extracti32x4_epi32(v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * step), _mm512_extracti32x4_epi32(v, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 3 * step), _mm512_extracti32x4_epi32(v, 3));
+}
+
 // The low byte of each lane.
 NC_INLINE void store_low_bytes(uint8_t* p, Int v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
 }
 NC_INLINE void store_low_bytes_part(uint8_t* p, int64_t n, Int v) {
-  _mm_mask_storeu_epi8(p, lane_mask(n), _mm512_cvtepi32_epi8(v));
+  // A masked store of bytes takes a dozen cycles here.
+  __m128i bytes = _mm512_cvtepi32_epi8(v);
+  if (n & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+    bytes = _mm_unpackhi_epi64(bytes, bytes), p += 8;
+  }
+  if (n & 4) {
+    _mm_storeu_si32(p, bytes);
+    bytes = _mm_srli_epi64(bytes, 32), p += 4;
+  }
+  const int last = _mm_cvtsi128_si32(bytes);
+  if (n & 2) *p++ = static_cast<uint8_t>(last), *p++ = static_cast<uint8_t>(last >> 8);
+  if (n & 1) *p = static_cast<uint8_t>(n & 2 ? last >> 16 : last);
 }
 NC_INLINE Int load_signed_bytes(const int8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

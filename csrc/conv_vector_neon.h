@@ -45,8 +45,12 @@ NC_INLINE Float divide(Float a, Float b) { return vdivq_f32(a, b); }
 NC_INLINE Float watch(Float seen, Float v) { return vfmaq_f32(seen, v, vdupq_n_f32(0.0f)); }
 NC_INLINE bool any_nan(Float v) { return vminvq_u32(vceqq_f32(v, v)) == 0; }
 NC_INLINE Float at_most(Float v, Float high) { return vminq_f32(v, high); }
-// A NaN stays one and becomes code 0 below: the caller reports it.
-NC_INLINE Float clamp(Float v, Float low, Float high) { return vminq_f32(vmaxq_f32(v, low), high); }
+// The bound is returned for a NaN: the caller reports the NaN. Compared and not by FMAX, whose NaN and zeros of
+// different sign come out otherwise than on the other tiers.
+NC_INLINE Float clamp(Float v, Float low, Float high) {
+  const Float raised = vbslq_f32(vcgtq_f32(v, low), v, low);
+  return vbslq_f32(vcltq_f32(raised, high), raised, high);
+}
 NC_INLINE Int to_int(Float v) { return vcvtnq_s32_f32(v); }
 NC_INLINE Float to_float(Int v) { return vcvtq_f32_s32(v); }
 NC_INLINE Int float_bits(Float v) { return vreinterpretq_s32_f32(v); }
@@ -88,6 +92,17 @@ NC_INLINE Int pack_lanes(const Int v[4], int32_t offset) {
   return vreinterpretq_s32_u8(vqtbl1q_u8(pack_bytes(v, offset), vld1q_u8(order)));
 }
 NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) { vst1q_u8(p, pack_bytes(v, offset)); }
+
+// The bytes of four vectors one after the other, saturated.
+using Packed = uint8x16_t;
+NC_INLINE Packed pack_pixels(const Int v[4]) { return pack_bytes(v, 0); }
+NC_INLINE Packed at_least(Packed a, Packed b) { return vmaxq_u8(a, b); }
+// Each vector's bytes, `step` bytes apart.
+NC_INLINE void store_pixels(uint8_t* p, int64_t step, Packed v) {
+  uint8_t bytes[16];
+  vst1q_u8(bytes, v);
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(p + i * step, bytes + 4 * i, 4);
+}
 
 // The low byte of each lane, for lanes in 0..255.
 NC_INLINE uint32_t low_bytes(Int v) {

@@ -7,11 +7,15 @@
 
 #include <string.h>
 
+#include "fused.h"
 #include "simd_avx512.h"
 #include "transpose_avx512.h"
 
 namespace narrowcast {
 namespace {
+
+typedef float Float16 __attribute__((vector_size(64)));
+typedef int32_t Int16 __attribute__((vector_size(64)));
 
 constexpr int64_t kPanelColumns = 64;
 constexpr int64_t kPanelRows = 6;
@@ -149,6 +153,7 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
       const __m512 product = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(source), correction));
       __m512 value = _mm512_mul_ps(product, _mm512_mul_ps(_mm512_set1_ps(problem.row_scale[first_row + r]), scale));
       if (problem.bias != nullptr) value = _mm512_add_ps(value, bias);
+      value = (__m512)fuse<Float16, Int16>(problem.fused, (Float16)value);
       store16(problem.out, problem.out_type, (first_row + r) * problem.out_stride + column, mask, value);
     }
   }

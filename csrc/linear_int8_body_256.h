@@ -10,10 +10,15 @@
 #include <string.h>
 
 #include "dot_256.h"
+#include "fused.h"
 #include "simd_avx2.h"
+#include "transpose_avx2.h"
 
 namespace narrowcast {
 namespace {
+
+typedef float Float8 __attribute__((vector_size(32)));
+typedef int32_t Int8 __attribute__((vector_size(32)));
 
 constexpr int64_t kPanelColumns = 16;
 constexpr int64_t kPanelRows = 6;
@@ -83,30 +88,6 @@ void dot_row(const Int8Linear& problem, int64_t row, Range columns, int32_t* out
   }
 }
 
-// 8 rows of 8 dwords to 8 columns of 8 dwords, in place.
-inline void transpose8(__m256i* a) {
-  __m256i b[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-    a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    b[j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
-    b[4 + j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = b[i];
-}
-
 // Copies up to 16 stored weight rows into the panel [ceil(depth / kWord)][16][kWord], zeros where there is no weight.
 void pack_panel(const Int8Linear& problem, Range columns, PanelWeight* panel) {
   const int64_t depth = problem.depth, count = columns.end - columns.begin;
@@ -119,7 +100,7 @@ void pack_panel(const Int8Linear& problem, Range columns, PanelWeight* panel) {
       for (int c = 0; c < 8; ++c) {
         tile[c] = first + c < count ? load_weight(weight + (first + c) * depth + k) : _mm256_setzero_si256();
       }
-      transpose8(tile);
+      transpose_dwords8(tile);
       PanelWeight* target = panel + k * kPanelColumns + kWord * first;
 #pragma GCC unroll 8
       for (int word = 0; word < 8; ++word) {
@@ -197,12 +178,14 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
       const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(source), correction));
       __m256 value = _mm256_mul_ps(product, _mm256_mul_ps(row_scale, _mm256_loadu_ps(problem.scale + column)));
       if (problem.bias != nullptr) value = _mm256_add_ps(value, _mm256_loadu_ps(problem.bias + column));
+      value = (__m256)fuse<Float8, Int8>(problem.fused, (Float8)value);
       store8(problem.out, problem.out_type, row * problem.out_stride + column, 8, value);
     }
     for (; column < columns.end; ++column) {
       const int32_t sum = sums[r * stride + (column - columns.begin)] - problem.row_offset[row] * problem.offset[column];
       float value = static_cast<float>(sum) * (problem.row_scale[row] * problem.scale[column]);
       if (problem.bias != nullptr) value += problem.bias[column];
+      value = fuse<float, int32_t>(problem.fused, value);
       store_float(problem.out, problem.out_type, row * problem.out_stride + column, value);
     }
   }

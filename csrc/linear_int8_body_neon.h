@@ -9,10 +9,14 @@
 
 #include <string.h>
 
+#include "fused.h"
 #include "simd_neon.h"
 
 namespace narrowcast {
 namespace {
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr bool kSignedCodes = false;
@@ -248,6 +252,7 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
       if (problem.bias != nullptr) {
         value = vaddq_f32(value, load4_tail<FloatType::float32>(problem.bias, column, count));
       }
+      value = (float32x4_t)fuse<Float4, Int4>(problem.fused, (Float4)value);
       store4(problem.out, problem.out_type, row * problem.out_stride + column, count, value);
     }
   }

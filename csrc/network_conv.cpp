@@ -11,52 +11,63 @@ namespace {
 constexpr int64_t kBlockPixels = 48;  // sums kept between dot products and epilogue
 constexpr int64_t kWidest = 4 * kLane;
 
-// Addresses of a block of output pixels: where its windows begin, where it is written, what is added.
+// A block of output pixels: where their windows begin, and the runs of them that are neighbours.
 struct BlockPixels {
   const uint8_t* source[kBlockPixels];
-  uint8_t* target[kBlockPixels];
-  const uint8_t* second[kBlockPixels];
-  uint8_t* floats[kBlockPixels];
+  PixelRun runs[kBlockPixels];
+  int64_t count, run_count;
+};
+
+// Where a step is in the images.
+struct Cursor {
+  int64_t image, y, x;
+
+  Cursor(int64_t pixel, const View& view)
+      : image(pixel / (view.height * view.width)), y(pixel / view.width % view.height), x(pixel % view.width) {}
 };
 
 struct StepViews {
   View source, target, second, floats;
   int64_t top, left, stride_h, stride_w;
+  bool copied;  // there is a float copy
 
   StepViews(const Chunk& chunk, const NetworkStep& step)
       : source(view_of(chunk, step.source)),
         target(view_of(chunk, step.target)),
         second(step.second >= 0 ? view_of(chunk, step.second) : target),
         floats(step.float_target >= 0 ? view_of(chunk, step.float_target) : target),
-        top(step.padding[0]), left(step.padding[1]), stride_h(step.stride[0]), stride_w(step.stride[1]) {}
+        top(step.padding[0]), left(step.padding[1]), stride_h(step.stride[0]), stride_w(step.stride[1]),
+        copied(step.float_target >= 0) {}
 
   int64_t pixels(const Chunk& chunk) const { return chunk.images * target.height * target.width; }
 
-  // Pixels [begin, begin + count) of all images.
-  void addresses(int64_t begin, int64_t count, BlockPixels& block) const {
-    const int64_t plane = target.height * target.width;
-    int64_t image = begin / plane, y = begin % plane / target.width, x = begin % target.width;
+  PixelRun run_at(const Cursor& at, int64_t pixels) const {
+    return {pixels, target.at(at.image, at.y, at.x), second.at(at.image, at.y, at.x),
+            copied ? floats.at(at.image, at.y, at.x) : nullptr};
+  }
+
+  // The next `count` pixels.
+  void next_block(Cursor& at, int64_t count, BlockPixels& block) const {
+    block.count = count, block.run_count = 0;
+    const int64_t step = stride_w * source.pixel;
     for (int64_t done = 0; done < count;) {
-      const int64_t run = std::min(count - done, target.width - x);
-      const uint8_t* from = source.at(image, y * stride_h - top, x * stride_w - left);
-      uint8_t* to = target.at(image, y, x);
-      const uint8_t* add = second.at(image, y, x);
-      uint8_t* copy = floats.at(image, y, x);
-      for (int64_t i = done; i < done + run; ++i) {
-        block.source[i] = from, block.target[i] = to, block.second[i] = add, block.floats[i] = copy;
-        from += stride_w * source.pixel, to += target.pixel, add += second.pixel, copy += floats.pixel;
+      const int64_t run = std::min(count - done, target.width - at.x);
+      block.runs[block.run_count++] = run_at(at, run);
+      const uint8_t* from = source.at(at.image, at.y * stride_h - top, at.x * stride_w - left);
+      for (int64_t i = done; i < done + run; ++i, from += step) block.source[i] = from;
+      done += run, at.x += run;
+      if (at.x == target.width) {
+        at.x = 0;
+        if (++at.y == target.height) at.y = 0, ++at.image;
       }
-      done += run, x = 0;
-      if (++y == target.height) y = 0, ++image;
     }
   }
-};
 
-FinishBlock finish_block(const StepViews& views, const NetworkStep& step, const BlockPixels& pixels, int64_t count,
-                         int64_t channel) {
-  return {nullptr, 0, count, 0, pixels.target, pixels.second, step.float_target >= 0 ? pixels.floats : nullptr,
-          channel * (views.target.coded ? 1 : 4), channel * (views.second.coded ? 1 : 4), channel * 4};
-}
+  FinishBlock finish(const PixelRun* runs, int64_t run_count, int64_t channel) const {
+    return {nullptr, 0, 0, runs, run_count, target.pixel, second.pixel, floats.pixel,
+            channel * (target.coded ? 1 : 4), channel * (second.coded ? 1 : 4), channel * 4};
+  }
+};
 
 FinishTerms finish_terms(const Chunk& chunk, const StepViews& views, const NetworkStep& step, int64_t channel) {
   ConstantRows rows(chunk, step, channel);
@@ -107,22 +118,21 @@ void run_dense(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_
   const int64_t first_panel = by_channels ? total_panels * part / parts : 0;
   const int64_t end_panel = by_channels ? total_panels * (part + 1) / parts : total_panels;
   const int64_t begin = by_channels ? 0 : pixels * part / parts, end = by_channels ? pixels : pixels * (part + 1) / parts;
-  const int64_t blocks = ceil_div(end - begin, kBlockPixels);
-  BlockPixels addresses;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t at = begin + (end - begin) * b / blocks, count = begin + (end - begin) * (b + 1) / blocks - at;
-    views.addresses(at, count, addresses);
+  BlockPixels pixel_block;
+  Cursor cursor(begin, views.target);
+  for (int64_t at = begin; at < end; at += kBlockPixels) {
+    views.next_block(cursor, std::min(kBlockPixels, end - at), pixel_block);
     for (int64_t panel = first_panel; panel < end_panel; panel += dot.vectors) {
       const int64_t group = panel / group_panels, within = panel % group_panels, channel = within * kLane;
       const int64_t left = std::min(group_panels - within, end_panel - panel);
       dot.vectors = static_cast<int>(left >= 4 && widest >= 4 ? 4 : left >= 2 && widest >= 2 ? 2 : 1);
-      dot.row = addresses.source, dot.rows = count;
+      dot.row = pixel_block.source, dot.rows = pixel_block.count;
       dot.panel = chunk.network.panels + step.panels + panel * panel_bytes;
       if (group != taps_group) set_taps(views.source, step, inputs, group * inputs, dot, tap_offset);
       taps_group = group;
       chunk.conv.dot_block(dot);
       const int64_t first = group * outputs + channel;
-      FinishBlock block = finish_block(views, step, addresses, count, first);
+      FinishBlock block = views.finish(pixel_block.runs, pixel_block.run_count, first);
       block.sums = dot.sums, block.sums_stride = dot.vectors * kLane;
       block.channels = std::min(dot.vectors * int64_t{kLane}, outputs - channel);
       chunk.kernels.finish(block, finish_terms(chunk, views, step, first));
@@ -159,6 +169,16 @@ int64_t depthwise_scratch(const Network& network, const NetworkStep& step) {
   return (rows + 1) * word_bytes + layout.phases * step.kernel[0] * layout.span * 64 + (width + 4) * 64 + 256;
 }
 
+int64_t depthwise_overrun(const Network& network, const NetworkStep& step) {
+  const NetworkValue& target = network.values[static_cast<size_t>(step.target)];
+  const NetworkValue& source = network.values[static_cast<size_t>(step.source)];
+  const int64_t width = network.buffers[static_cast<size_t>(target.buffer)].width;
+  const DepthwiseLayout layout = depthwise_layout(depthwise_shape(step, width));
+  // Whole words of pixels are read, of which the last outputs need only a part.
+  const int64_t needed = (width - 1) * step.stride[1] + step.reach(1);
+  return (4 * layout.words - needed) * network.buffers[static_cast<size_t>(source.buffer)].pixel_bytes();
+}
+
 void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t parts, uint8_t* scratch) {
   const StepViews views(chunk, step);
   const View& target = views.target;
@@ -174,7 +194,6 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
   row.weights = weights, row.sums = reinterpret_cast<int32_t*>(scratch);
   uint8_t* words = scratch + padded((target.width + 4) * 64, 64);
   const int64_t rows = chunk.images * height, begin = rows * part / parts, end = rows * (part + 1) / parts;
-  BlockPixels addresses;
   for (int64_t c = 0; c < target.channels; c += kLane) {
     const int8_t* taps = chunk.network.panels + step.panels + c * step.taps();
     chunk.conv.depthwise_weights(taps, static_cast<int>(step.kernel[1]), static_cast<int>(step.dilation[1]),
@@ -182,7 +201,8 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
     const FinishTerms terms = finish_terms(chunk, views, step, c);
     const int64_t channels = std::min<int64_t>(kLane, target.channels - c);
     for (int64_t at = begin; at < end;) {
-      const int64_t image = at / height, y = at % height, count = std::min({band, end - at, height - y});
+      const Cursor start(at * target.width, target);
+      const int64_t image = start.image, y = start.y, count = std::min({band, end - at, height - y});
       const int64_t needed = (count - 1) * step.stride[0] + step.reach(0);
       for (int64_t i = 0; i < needed; ++i) {
         const uint8_t* from = views.source.at(image, y * step.stride[0] - views.top + i, -views.left) + c;
@@ -191,13 +211,12 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
       for (int64_t i = 0; i < count; ++i) {
         row.words = words + i * step.stride[0] * word_bytes;
         chunk.conv.depthwise_row(row, layout.square, static_cast<int>(step.stride[1]));
-        for (int64_t x = 0; x < target.width; x += kBlockPixels) {
-          const int64_t run = std::min(kBlockPixels, target.width - x);
-          views.addresses((at + i) * target.width + x, run, addresses);
-          FinishBlock block = finish_block(views, step, addresses, run, c);
-          block.sums = row.sums + x * kLane, block.sums_stride = kLane, block.channels = channels;
-          chunk.kernels.finish(block, terms);
-        }
+        Cursor cursor = start;
+        cursor.y += i;
+        const PixelRun run = views.run_at(cursor, target.width);
+        FinishBlock block = views.finish(&run, 1, c);
+        block.sums = row.sums, block.sums_stride = kLane, block.channels = channels;
+        chunk.kernels.finish(block, terms);
       }
       at += count;
     }

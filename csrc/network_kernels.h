@@ -26,16 +26,24 @@ struct FinishTerms {
   FinishTail tail;
 };
 
-// Sums [pixels][sums_stride] to `channels` channels of the pixels at `target`; `second` likewise.
+// Neighbouring pixels of one row: where they are written, what is added, where their float copy goes.
+struct PixelRun {
+  int64_t pixels;
+  uint8_t* target;
+  const uint8_t* second;
+  uint8_t* floats;  // null: no copy
+};
+
+// Sums [pixels][sums_stride] of all runs, one after the other, to `channels` channels of their pixels. Steps are bytes
+// from pixel to pixel; offsets are bytes from a pixel to the first of the channels.
 struct FinishBlock {
   const int32_t* sums;
   int64_t sums_stride;
-  int64_t pixels;
   int64_t channels;
-  uint8_t* const* target;
-  const uint8_t* const* second;
-  uint8_t* const* floats;                               // of the float copy, or null
-  int64_t target_offset, second_offset, floats_offset;  // bytes, added to the addresses
+  const PixelRun* runs;
+  int64_t run_count;
+  int64_t target_step, second_step, floats_step;
+  int64_t target_offset, second_offset, floats_offset;
 };
 
 // The part of a pool's window that is inside the image.

@@ -139,9 +139,7 @@ class Builder:
         rows = [self.uniform(count, 0.1, 0.9) for _ in range(2)] + [self.uniform(count, -9, 9), *self.limits(target)]
         if activation or floats >= 0:
             rows += [self.uniform(count, 20, 60), self.zeros(count)]
-        return self.step(
-            StepKind.ADD, source, target, rows, second=second, activation=activation, float_target=floats
-        )
+        return self.step(StepKind.ADD, source, target, rows, second=second, activation=activation, float_target=floats)
 
     def dequantize(self, source: int) -> int:
         count = self.channels(source)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tests.kernels.conv_cases import SHAPES
 from tests.kernels.linear_cases import int4_arguments, int8_arguments, static_arguments
+from tests.kernels.lowbit_cases import lowbit_arguments
+from tests.kernels.network_cases import residual_network
 from tests.kernels.test_recurrent import arguments as recurrent_arguments
 from torch import Tensor, nn
 
@@ -27,18 +29,23 @@ INDICES = torch.tensor([[0, 5, 3], [16, 1, 1]])
 CALLS: dict[str, tuple[Any, ...]] = {
     "linear_int8_dynamic": (*INT8, False),
     "linear_int8_static": static_arguments(INT8, 0.1, 128),
-    "linear_int4_dynamic": INT4,
+    "linear_lowbit_dynamic": lowbit_arguments(5, 17, 64, asymmetric=True, fused="silu"),
     "dequantize_int8": (INT8[1], INT8[2]),
     "dequantize_int4": (INT4[1], INT4[2], INT4[3], 32, 64),
     "conv2d_int8": CONV,
     "conv2d_int8_planned": (*CONV[:7], conv_plan(*CONV[7:])),
     "conv2d_int8_pack": (SHAPES["grouped"].weight(), *CONV_SIZES),
     "conv2d_int8_unpack": (CONV[1], SHAPES["grouped"].outputs, 6, *CONV_SIZES),
+    "conv_network_int8": ([torch.randn(2, 3, 8, 8)], *residual_network(1).arguments()),
     "embedding_int8": (INDICES, INT8[1], INT8[2]),
     "embedding_int4": (INDICES, INT4[1], INT4[2], INT4[3], 32, 64),
     "lstm_int8": recurrent_arguments("lstm_int8", 3, 2, 5, 7),
     "gru_int8": recurrent_arguments("gru_int8", 3, 2, 5, 7),
 }
+
+
+def has_tensors(value: object) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and isinstance(value[0], Tensor))
 
 
 class Call(nn.Module):
@@ -47,11 +54,11 @@ class Call(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.op = getattr(torch.ops.narrowcast, name)
-        self.fixed = [None if isinstance(value, Tensor) else value for value in CALLS[name]]
-        self.places = [index for index, value in enumerate(CALLS[name]) if isinstance(value, Tensor)]
+        self.fixed = [None if has_tensors(value) else value for value in CALLS[name]]
+        self.places = [index for index, value in enumerate(CALLS[name]) if has_tensors(value)]
         self.tensors = tuple(CALLS[name][index] for index in self.places)
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def forward(self, *tensors: Any) -> Any:
         values = list(self.fixed)
         for index, tensor in zip(self.places, tensors, strict=True):
             values[index] = tensor

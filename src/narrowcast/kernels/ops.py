@@ -14,6 +14,7 @@ from narrowcast.kernels import (
     reference,
     reference_conv,
     reference_embedding,
+    reference_linear,
     reference_network,
     reference_recurrent,
 )
@@ -22,7 +23,14 @@ from narrowcast.kernels.op import Op, lower_tiers
 
 NAMESPACE = "narrowcast"
 
-_ROOMS = (reference, reference_conv, reference_recurrent, reference_embedding, reference_network)
+_ROOMS = (
+    reference,
+    reference_linear,
+    reference_conv,
+    reference_recurrent,
+    reference_embedding,
+    reference_network,
+)
 
 OPS: dict[str, Op] = {op.name: op for room in _ROOMS for op in room.OPS}
 """Every operator by name."""

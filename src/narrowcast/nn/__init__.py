@@ -5,7 +5,7 @@ from narrowcast.nn.attention import MultiheadAttention
 from narrowcast.nn.base import InstalledModule, QuantizedModule, StoredWeight
 from narrowcast.nn.conv import ConvShape, QuantizedConv
 from narrowcast.nn.embedding import QuantizedEmbedding
-from narrowcast.nn.folded import FoldedBatchNorm
+from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
 
@@ -18,6 +18,7 @@ MODULES: dict[str, type[InstalledModule]] = {
         QuantizedRecurrent,
         MultiheadAttention,
         FoldedBatchNorm,
+        FusedActivation,
     )
 }
 
@@ -28,6 +29,7 @@ __all__ = [
     "Activation",
     "ConvShape",
     "FoldedBatchNorm",
+    "FusedActivation",
     "InstalledModule",
     "MultiheadAttention",
     "QuantizedConv",

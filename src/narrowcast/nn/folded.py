@@ -1,4 +1,4 @@
-"""FoldedBatchNorm: what stands where a BatchNorm stood that is now part of the convolution before it."""
+"""What stands where a module stood that is now part of the layer before it."""
 
 from __future__ import annotations
 
@@ -34,3 +34,30 @@ class FoldedBatchNorm(InstalledModule):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"into {self.convolution}"
+
+
+class FusedActivation(InstalledModule):
+    """Passes its input through; remembers the linear layer that applies the activation function now."""
+
+    kind = "FusedActivation"
+
+    def __init__(self, linear: str) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FusedActivation:
+        """See `InstalledModule`."""
+        return cls(config["linear"])
+
+    def config(self) -> dict[str, Any]:
+        """See `InstalledModule`."""
+        return {"linear": self.linear}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input itself."""
+        return x
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in {self.linear}"

@@ -16,7 +16,7 @@ from torch import nn
 from narrowcast.kernels.network import CEIL_MODE, EXCLUDE_PADDING, GLOBAL, Window
 from narrowcast.nn.conv import QuantizedConv
 from narrowcast.nn.flow import FlowNode, Ref
-from narrowcast.nn.folded import FoldedBatchNorm
+from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _of(*attributes: str, call: Callable[..., ImageOp]) -> Callable[[Any, str], 
 
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, str], ImageOp | None]], ...] = (
     ((QuantizedConv,), _convolution),
-    ((FoldedBatchNorm, nn.Identity, nn.Dropout, nn.Dropout2d), _of(call=_identity)),
+    ((FoldedBatchNorm, FusedActivation, nn.Identity, nn.Dropout, nn.Dropout2d), _of(call=_identity)),
     ((nn.ReLU6,), _of(call=_relu6)),  # before Hardtanh, which it is a kind of
     ((nn.ReLU,), _of(call=_relu)),
     ((nn.Hardtanh,), _of("min_val", "max_val", call=_hardtanh)),

@@ -1,4 +1,7 @@
-"""Fusing: chains of installed convolutions become networks, where the outcome shows that nothing was lost by it."""
+"""Fusing: layers take in what follows them, where the outcome shows that nothing was lost by it.
+
+Chains of convolutions become networks; linear layers apply the activation function behind them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from narrowcast.core import sqnr_db
 from narrowcast.models import TorchModel
+from narrowcast.models.activations import find_activations, fuse_activations_
 from narrowcast.models.modules import evaluation_mode, get_module
 from narrowcast.models.trace import find_flows
 from narrowcast.nn.flow import Flow
@@ -27,15 +31,17 @@ _ALIKE_DB = 12.0
 
 @dataclass
 class Flows:
-    """What is known of how the model's parts call their convolutions.
+    """What is known of how the model's parts call each other.
 
     Args:
-        flows: path -> flow.
+        flows: path -> flow of a part with convolutions.
         refused: path -> why there is none.
+        activations: path of an activation module -> path of the linear layer before it.
     """
 
     flows: dict[str, Flow] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)
 
 
 def planned_convolutions(plan: Plan) -> list[str]:
@@ -45,13 +51,28 @@ def planned_convolutions(plan: Plan) -> list[str]:
     return [site.path for row in static for site in row.layer.sites]
 
 
-def trace(adapter: TorchModel, plan: Plan) -> Flows:
-    """The flows of the parts of the model that hold at least two planned convolutions."""
-    planned = planned_convolutions(plan)
-    if not plan.recipe.fuse or len(planned) < 2:
+def trace(adapter: TorchModel, plan: Plan, probe: Any) -> Flows:
+    """The flows of the parts that hold at least two planned convolutions, and the activations behind linear layers.
+
+    Args:
+        adapter: the float model.
+        plan: what will be quantized.
+        probe: a batch, or None.
+    """
+    if not plan.recipe.fuse:
         return Flows()
+    linears = {s.path for row in plan.layers if row.weight is not None for s in row.layer.sites if s.type in _LINEAR}
+    run = None if probe is None else lambda: probe.run(adapter.model)
+    activations = find_activations(adapter.model, run, linears)
+    planned = planned_convolutions(plan)
+    if len(planned) < 2:
+        return Flows(activations=activations)
     wanted = {id(get_module(adapter.model, path)) for path in planned}
-    return Flows(*find_flows(adapter.model, lambda module: id(module) in wanted))
+    flows, refused = find_flows(adapter.model, lambda module: id(module) in wanted)
+    return Flows(flows, refused, activations)
+
+
+_LINEAR = ("Linear", "Conv1D")
 
 
 def fuse(
@@ -63,14 +84,17 @@ def fuse(
         adapter: with its quantized modules installed.
         flows: of `trace`.
         outcomes: one per weight.
-        probe: a batch, to see on that nothing is lost.
+        probe: a batch, to see on that nothing is lost; without one convolutions stay as they are.
 
     Returns:
         The outcomes with the kernel that runs now, and notes for the report.
     """
+    taken = fuse_activations_(adapter.model, flows.activations)
+    outcomes = [_with_activation(row, adapter) if row.layer in taken else row for row in outcomes]
+    notes = [f"{len(taken)} linear layers apply the activation function behind them"] if taken else []
     if probe is None:
-        return outcomes, []
-    notes = [
+        return outcomes, notes
+    notes += [
         f"{path or 'the model'} has no traceable forward ({reason}); convolutions outside traceable parts hand float "
         "activations to each other"
         for path, reason in flows.refused.items()
@@ -118,6 +142,10 @@ def _worse(adapter: TorchModel, before: Tensor | None, after: Tensor | None, pro
         return "there is no output to compare"
     had, got = sqnr_db(expected, before), sqnr_db(expected, after)
     return "" if got >= had - _TOLERATED_DB else f"the output's SQNR falls from {had:.1f} to {got:.1f} dB"
+
+
+def _with_activation(row: LayerOutcome, adapter: TorchModel) -> LayerOutcome:
+    return replace(row, kernel=getattr(get_module(adapter.model, row.layer), "kernel", row.kernel))
 
 
 def _with_kernel(row: LayerOutcome, fused: Mapping[str, str]) -> LayerOutcome:

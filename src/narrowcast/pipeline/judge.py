@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from narrowcast.core import sqnr_db
 from narrowcast.models import Sample
+from narrowcast.report import LayerOutcome
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,25 @@ def judge_calls(reference: Callable[[], Any], candidate: Callable[[], Any], *, b
             call()
             collected.append((time.perf_counter() - begin) * 1e3)
     return Verdict(error, statistics.median(times[0]), statistics.median(times[1]))
+
+
+# Medians of a few rounds on a machine that does other things too differ by this much without meaning anything.
+_NOISE = 0.95
+_SHOWN = 8
+
+
+def slower_than_float(outcomes: list[LayerOutcome]) -> list[str]:
+    """A note that names the layers which lost against their float module on the sample that calibration kept.
+
+    Layers that run inside a network are not judged: alone, as they were timed, they are not what runs.
+    """
+    slow = [row for row in outcomes if row.speedup is not None and row.speedup < _NOISE]
+    slow = [row for row in slow if not row.kernel.startswith("conv_network")]
+    if not slow:
+        return []
+    named = ", ".join(f"{row.layer} ({row.speedup:.2f}x)" for row in slow[:_SHOWN])
+    more = f" and {len(slow) - _SHOWN} more" if len(slow) > _SHOWN else ""
+    return [f"slower than torch's float module on their sample: {named}{more}; keep them by a rule if that matters"]
 
 
 def first_tensor(output: Any) -> Tensor | None:

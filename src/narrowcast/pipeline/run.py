@@ -21,7 +21,7 @@ from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
 from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
-from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls
+from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls, slower_than_float
 from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.pipeline.solve import check_finite, solve
 from narrowcast.planning import LayerPlan, Plan, make_plan
@@ -120,13 +120,13 @@ def _solve_and_fuse(
     adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, *, progress: bool
 ) -> tuple[list[LayerOutcome], list[str]]:
     """Quantize and install every module, then let chains of them run together; returns outcomes and notes."""
-    flows = trace(adapter, plan)
+    flows = trace(adapter, plan, probe)
     shared = SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan))
     outcomes = solve(adapter, plan, calibration, shared, progress=progress)
     adapter.detach_()
     notes = _settle_layout(adapter, probe)
     outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
-    return outcomes, notes + fusion_notes
+    return outcomes, notes + fusion_notes + slower_than_float(outcomes)
 
 
 def _check_has_values(adapter: TorchModel) -> None:

@@ -1,0 +1,11 @@
+#include "linear_lowbit_body_neon.h"
+
+namespace narrowcast {
+
+void lowbit_tile_neoni8mm(const LowBitLinear& problem, Range rows, Range columns, void* scratch) {
+  lowbit_tile(problem, rows, columns, scratch);
+}
+
+int64_t lowbit_scratch_neoni8mm(const LowBitLinear& problem) { return lowbit_scratch(problem); }
+
+}  // namespace narrowcast
