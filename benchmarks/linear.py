@@ -4,6 +4,7 @@
     python -m benchmarks.linear --quick                  three shapes, about 3 minutes, into build/benchmarks
     python -m benchmarks.linear --shapes 4096x4096 --batches 1 16 --threads 1
     python -m benchmarks.linear --shapes all             every shape of the plan
+    python -m benchmarks.linear --avx2                   everybody who can be held to AVX2, into linear-avx2.json
 
 All contenders of one shape, batch and thread count run in one process, interleaved. Hot: one weight, again and again.
 Cold: copies of the weight in rotation, four times as large as the last cache together, as in a model's decoding.
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
+import subprocess
 import sys
 import warnings
 from argparse import Namespace
@@ -39,7 +42,7 @@ from benchmarks import (
 )
 from benchmarks.limits import Limits
 from benchmarks.linear_problem import Contender, Prepare, Problem
-from benchmarks.machine import machine
+from benchmarks.machine import REPOSITORY, machine
 from benchmarks.peers import attempt
 from benchmarks.timing import Call, Timing, interleave
 
@@ -219,6 +222,8 @@ def measure(shape: Shape, measured: list[Limits], options: Namespace, skipped: d
     problem = Problem.random(*shape)
     chosen = [c for c in CONTENDERS if not options.only or any(text in c.name for text in options.only)]
     missing: dict[str, str] = {}
+    if options.avx2:
+        chosen = restricted(chosen, missing)
     factories = factories_of(problem, chosen, missing)
     rows = []
     for limit in measured:
@@ -227,6 +232,24 @@ def measure(shape: Shape, measured: list[Limits], options: Namespace, skipped: d
             rows += measure_shape(shape, limit, factories, problem, options, missing)
     skipped |= {f"{shape_name(shape)}, {name}": reason for name, reason in missing.items()}
     return rows
+
+
+# What holds narrowcast, torch, oneDNN, MKL and FBGEMM to AVX2; they read it when they are loaded.
+AVX2_ONLY = {
+    "NARROWCAST_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+}
+UNRESTRICTED = ("ONNX Runtime", "ggml")
+
+
+def restricted(chosen: Sequence[Contender], missing: dict[str, str]) -> list[Contender]:
+    """The contenders that obey AVX2_ONLY; the others are named with their reason in `missing`."""
+    free = [contender.name for contender in chosen if contender.name.startswith(UNRESTRICTED)]
+    missing |= dict.fromkeys(free, "nothing holds it to AVX2")
+    return [contender for contender in chosen if contender.name not in free]
 
 
 def parse_shapes(texts: list[str] | None, *, quick: bool) -> list[Shape]:
@@ -245,6 +268,7 @@ def options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: 1 4 16 128, more for 2048x2048)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
     parser.add_argument("--only", nargs="+", help="contenders whose names contain one of these texts")
+    parser.add_argument("--avx2", action="store_true", help="hold everybody to AVX2")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="hot weights only")
     parser.add_argument("--rounds", type=int, default=5, help="bursts per contender (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.005, help="least duration of a burst (default: 0.005)")
@@ -261,6 +285,9 @@ def options(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measures, writes the results, and returns 1 when nothing was timed (or, with --strict, a target is missed)."""
     chosen = options(argv)
+    if chosen.avx2 and any(os.environ.get(name) != value for name, value in AVX2_ONLY.items()):
+        command = [sys.executable, "-m", "benchmarks.linear", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, cwd=REPOSITORY, env=os.environ | AVX2_ONLY, check=False).returncode
     warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # it announces its own removal
     facts, skipped, rows = machine(), {}, []
     measured = [limits.measure(threads) for threads in chosen.threads]
@@ -279,8 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     folder = chosen.out or results_io.folder_of(chosen.complete)
     page = linear_page.markdown(facts, [limits.table(measured), limits.table(again)], rows, skipped)
-    results_io.write_results(folder, "linear", document, page)
-    roofline.draw_beside(document, folder)
+    name = "linear-avx2" if chosen.avx2 else "linear"
+    results_io.write_results(folder, name, document, page)
+    roofline.draw_beside(document, folder, name)
     missed = any(verdict["met"] is False for verdict in document["targets"])
     return int(not rows or (chosen.strict and missed))
 

@@ -100,25 +100,27 @@ def draw(document: dict[str, Any], shape: str, threads: int, mode: str, path: Pa
     pyplot.close(figure)
 
 
-def draw_all(document: dict[str, Any], folder: Path, shapes: list[str] | None = None) -> list[Path]:
+def draw_all(
+    document: dict[str, Any], folder: Path, shapes: list[str] | None = None, name: str = "linear"
+) -> list[Path]:
     """The plots of some shapes, by default of the one with most rows, for every measured thread count and mode."""
     rows = document["rows"]
     counted = [row["shape"] for row in rows]
     written = []
     for shape in shapes or [max(dict.fromkeys(counted), key=counted.count)]:
         for threads, mode in dict.fromkeys((r["threads"], r["mode"]) for r in rows if r["shape"] == shape):
-            path = folder / f"linear-{shape}-{threads}-{mode}.svg"
+            path = folder / f"{name}-{shape}-{threads}-{mode}.svg"
             draw(document, shape, threads, mode, path)
             written.append(path)
     return written
 
 
-def draw_beside(document: dict[str, Any], folder: Path) -> None:
-    """Draws a finished run's plots, or says why not."""
+def draw_beside(document: dict[str, Any], folder: Path, name: str) -> None:
+    """Draws the plots of the run called `name`, or says why not."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed")
         return
-    for path in draw_all(document, folder):
+    for path in draw_all(document, folder, name=name):
         print(f"wrote {path}")
 
 
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", help="shapes to draw (default: the one with most measurements)")
     chosen = parser.parse_args(argv)
     document = json.loads(chosen.file.read_text(encoding="utf-8"))
-    for path in draw_all(document, chosen.file.parent, chosen.shapes):
+    for path in draw_all(document, chosen.file.parent, chosen.shapes, chosen.file.stem):
         print(f"wrote {path}")
     return 0
 
