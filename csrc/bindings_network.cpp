@@ -12,7 +12,7 @@ namespace {
 constexpr const char* kOp = "conv_network_int8";
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr int64_t kCacheBytes = 512 * 1024;  // activations of one thread: half of a 1 MiB second-level cache
-constexpr double kParallelNanoseconds = 20000.0;
+constexpr double kParallelNanoseconds = 10000.0;
 
 struct Call {
   Network network;
@@ -88,7 +88,7 @@ std::vector<Tensor> new_outputs(Call& call) {
 }
 
 Chunk make_chunk(const Call& call, int64_t first, int64_t images) {
-  const int64_t bytes = images * call.network.arena_bytes + kArenaSlack;
+  const int64_t bytes = images * call.network.arena_bytes + call.network.slack_bytes;
   return {call.network, kNetworkTiers.active(), kConvTiers.active(), first, images,
           static_cast<uint8_t*>(workspace(Slot::codes, bytes)), call.outputs.data()};
 }

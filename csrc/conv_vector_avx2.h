@@ -94,6 +94,21 @@ NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(pack_bytes(v, offset), order));
 }
 
+// The bytes of four vectors one after the other, saturated.
+using Packed = __m256i;
+NC_INLINE Packed pack_pixels(const Int v[4]) {
+  return _mm256_permutevar8x32_epi32(pack_bytes(v, 0), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+NC_INLINE Packed at_least(Packed a, Packed b) { return _mm256_max_epu8(a, b); }
+// Each vector's bytes, `step` bytes apart.
+NC_INLINE void store_pixels(uint8_t* p, int64_t step, Packed v) {
+  const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + step), _mm_unpackhi_epi64(low, low));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 2 * step), high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 3 * step), _mm_unpackhi_epi64(high, high));
+}
+
 // The low byte of each lane.
 NC_INLINE __m128i low_bytes(Int v) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -81,6 +81,21 @@ NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, pack_bytes(v, offset)));
 }
 
+// The bytes of four vectors one after the other, saturated.
+using Packed = __m512i;
+NC_INLINE Packed pack_pixels(const Int v[4]) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, pack_bytes(v, 0));
+}
+NC_INLINE Packed at_least(Packed a, Packed b) { return _mm512_max_epu8(a, b); }
+// Each vector's bytes, `step` bytes apart.
+NC_INLINE void store_pixels(uint8_t* p, int64_t step, Packed v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + step), _mm512_extracti32x4_epi32(v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * step), _mm512_extracti32x4_epi32(v, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 3 * step), _mm512_extracti32x4_epi32(v, 3));
+}
+
 // The low byte of each lane.
 NC_INLINE void store_low_bytes(uint8_t* p, Int v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));

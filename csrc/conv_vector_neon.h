@@ -93,6 +93,17 @@ NC_INLINE Int pack_lanes(const Int v[4], int32_t offset) {
 }
 NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) { vst1q_u8(p, pack_bytes(v, offset)); }
 
+// The bytes of four vectors one after the other, saturated.
+using Packed = uint8x16_t;
+NC_INLINE Packed pack_pixels(const Int v[4]) { return pack_bytes(v, 0); }
+NC_INLINE Packed at_least(Packed a, Packed b) { return vmaxq_u8(a, b); }
+// Each vector's bytes, `step` bytes apart.
+NC_INLINE void store_pixels(uint8_t* p, int64_t step, Packed v) {
+  uint8_t bytes[16];
+  vst1q_u8(bytes, v);
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(p + i * step, bytes + 4 * i, 4);
+}
+
 // The low byte of each lane, for lanes in 0..255.
 NC_INLINE uint32_t low_bytes(Int v) {
   const int16x4_t words = vqmovn_s32(v);

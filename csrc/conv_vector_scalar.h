@@ -93,6 +93,23 @@ NC_INLINE void store_packed(uint8_t* p, const Int v[4], int32_t offset) {
   __builtin_memcpy(p, &word, 4);
 }
 
+// The bytes of four integers one after the other, saturated.
+struct Packed {
+  uint8_t byte[4];
+};
+NC_INLINE Packed pack_pixels(const Int v[4]) {
+  Packed packed;
+  for (int i = 0; i < 4; ++i) packed.byte[i] = static_cast<uint8_t>(v[i] < 0 ? 0 : v[i] > 255 ? 255 : v[i]);
+  return packed;
+}
+NC_INLINE Packed at_least(Packed a, const Packed& b) {
+  for (int i = 0; i < 4; ++i) a.byte[i] = a.byte[i] > b.byte[i] ? a.byte[i] : b.byte[i];
+  return a;
+}
+NC_INLINE void store_pixels(uint8_t* p, int64_t step, const Packed& v) {
+  for (int i = 0; i < 4; ++i) p[i * step] = v.byte[i];
+}
+
 NC_INLINE void store_low_bytes(uint8_t* p, Int v) { *p = static_cast<uint8_t>(v); }
 NC_INLINE void store_low_bytes_part(uint8_t* p, int64_t, Int v) { *p = static_cast<uint8_t>(v); }
 NC_INLINE Int load_signed_bytes(const int8_t* p) { return *p; }

@@ -74,6 +74,7 @@ struct Network {
   const int8_t* panels;
   int64_t panel_bytes;
   int64_t arena_bytes = 0;    // of one image
+  int64_t slack_bytes = 0;    // behind the arena: vectors are read beyond the last pixel
   int64_t scratch_bytes = 0;  // of one thread
 
   bool depthwise(const NetworkStep& step) const {
@@ -86,7 +87,7 @@ struct Network {
 // does not fit: whatever a program says, a network that was read touches only its own memory.
 void read_network(Network& network, const int64_t* numbers, int64_t count);
 
-// Places the buffers of one image: those alive at the same time do not overlap. Sets arena_bytes and scratch_bytes.
+// Places the buffers of one image: those alive at the same time do not overlap. Sets the sizes.
 void place_buffers(Network& network);
 
 // Some images on their way through the network.
@@ -95,11 +96,9 @@ struct Chunk {
   const NetworkKernels& kernels;
   const ConvKernels& conv;
   int64_t first, images;
-  uint8_t* arena;           // images * arena_bytes + kArenaSlack
+  uint8_t* arena;           // images * arena_bytes + slack_bytes
   float* const* outputs;    // of the whole batch
 };
-
-constexpr int64_t kArenaSlack = 256;  // vectors are read beyond the last pixel
 
 // The pixels of a value: pixel (0, 0) of the chunk's first image, and how far it is to the next ones in bytes.
 struct View {
@@ -140,8 +139,10 @@ struct ConstantRows {
 };
 // The rest of a tail whose low and high are known.
 void add_late_rows(const NetworkStep& step, ConstantRows& rows, FinishTail& tail);
-// Scratch of a convolution, beside kScratchBase.
+// Scratch of a convolution.
 int64_t dense_scratch(const NetworkStep& step);
 int64_t depthwise_scratch(const Network& network, const NetworkStep& step);
+// Bytes behind its source that a depthwise convolution may read.
+int64_t depthwise_overrun(const Network& network, const NetworkStep& step);
 
 }  // namespace narrowcast

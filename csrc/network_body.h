@@ -51,44 +51,84 @@ NC_INLINE Tail make_tail(const FinishTail& terms, int64_t c, int64_t n) {
   return tail;
 }
 
+// Everything but the last clamp.
+template <bool kLate>
+NC_INLINE Float activate(const Tail& tail, Float y, uint8_t* floats, int64_t c, int64_t n) {
+  if constexpr (!kLate) return y;
+  y = tail.swish ? hard_swish(y) : clamp(y, tail.active_low, tail.active_high);
+  if (floats != nullptr) store_value<false>(floats, c, n, y);
+  return add(multiply(y, tail.inverse), tail.zero);
+}
+
 template <bool kLate, bool kCoded>
 NC_INLINE void finish_value(const Tail& tail, Float y, uint8_t* target, uint8_t* floats, int64_t c, int64_t n) {
-  if constexpr (kLate) {
-    y = tail.swish ? hard_swish(y) : clamp(y, tail.active_low, tail.active_high);
-    if (floats != nullptr) store_value<false>(floats, c, n, y);
-    y = add(multiply(y, tail.inverse), tail.zero);
-  }
-  store_value<kCoded>(target, c, n, clamp(y, tail.low, tail.high));
+  store_value<kCoded>(target, c, n, clamp(activate<kLate>(tail, y, floats, c, n), tail.low, tail.high));
 }
 
 enum class Second { none, codes, floats };
+
+// Channels [channel, channel + count) of a block: constants in registers, addresses that move from pixel to pixel.
+template <Second kSecond, bool kLate, bool kCoded>
+struct Finisher {
+  Float multiplier, offset, second;
+  Tail tail;
+  int64_t channel, count, sums_stride, target_step, second_step, floats_step;
+  const int32_t* sums;
+  uint8_t* target;
+  const uint8_t* added;
+  uint8_t* floats;
+
+  [[gnu::always_inline]] inline Float next_sum() {
+    Float y = add(multiply(to_float(load_int(sums)), multiplier), offset);
+    sums += sums_stride;
+    if constexpr (kSecond != Second::none) {
+      y = add(y, multiply(load_value<kSecond == Second::codes>(added, channel, count), second));
+      added += second_step;
+    }
+    return y;
+  }
+
+  [[gnu::always_inline]] inline void finish_one() {
+    finish_value<kLate, kCoded>(tail, next_sum(), target, floats, channel, count);
+    target += target_step;
+    if constexpr (kLate) floats += floats_step;
+  }
+
+  // The clamp from below is one of bytes: rounding keeps the order.
+  [[gnu::always_inline]] inline void finish_four(Packed low) {
+    Int codes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = to_int(at_most(activate<kLate>(tail, next_sum(), floats, channel, kLanes), tail.high));
+      if constexpr (kLate) floats += floats_step;
+    }
+    store_pixels(target + channel, target_step, at_least(pack_pixels(codes), low));
+    target += 4 * target_step;
+  }
+};
 
 template <Second kSecond, bool kLate, bool kCoded>
 void finish_block(const FinishBlock& block, const FinishTerms& terms) {
   for (int64_t c = 0; c < block.channels; c += kLanes) {
     const int64_t n = block.channels - c;
-    const Float multiplier = load_up_to(terms.multiplier + c, n), offset = load_up_to(terms.offset + c, n);
-    const Tail tail = make_tail(terms.tail, c, n);
-    Float second = multiplier;
-    if constexpr (kSecond != Second::none) second = load_up_to(terms.second_multiplier + c, n);
-    // Copies of the fields: stores of bytes may alias whatever lies in memory.
-    const int32_t* sums = block.sums + c;
-    const int64_t sums_stride = block.sums_stride, target_step = block.target_step, second_step = block.second_step;
+    Finisher<kSecond, kLate, kCoded> f;
+    f.multiplier = load_up_to(terms.multiplier + c, n), f.offset = load_up_to(terms.offset + c, n);
+    f.tail = make_tail(terms.tail, c, n);
+    f.second = f.multiplier;
+    if constexpr (kSecond != Second::none) f.second = load_up_to(terms.second_multiplier + c, n);
+    const Int lowest = to_int(at_most(f.tail.low, f.tail.high)), four[4] = {lowest, lowest, lowest, lowest};
+    const Packed low = pack_pixels(four);
+    f.channel = c, f.count = n, f.sums = block.sums + c;
+    f.sums_stride = block.sums_stride, f.target_step = block.target_step, f.second_step = block.second_step;
     for (const PixelRun *run = block.runs, *end = run + block.run_count; run < end; ++run) {
-      uint8_t* target = run->target + block.target_offset;
-      const uint8_t* added = run->second + block.second_offset;
-      uint8_t* floats = kLate && run->floats != nullptr ? run->floats + block.floats_offset : nullptr;
-      const int64_t pixels = run->pixels, floats_step = kLate && floats != nullptr ? block.floats_step : 0;
-      for (int64_t p = 0; p < pixels; ++p, sums += sums_stride) {
-        Float y = add(multiply(to_float(load_int(sums)), multiplier), offset);
-        if constexpr (kSecond != Second::none) {
-          y = add(y, multiply(load_value<kSecond == Second::codes>(added, c, n), second));
-          added += second_step;
-        }
-        finish_value<kLate, kCoded>(tail, y, target, floats, c, n);
-        target += target_step;
-        if constexpr (kLate) floats += floats_step;
+      f.target = run->target + block.target_offset, f.added = run->second + block.second_offset;
+      f.floats = kLate && run->floats != nullptr ? run->floats + block.floats_offset : nullptr;
+      f.floats_step = f.floats != nullptr ? block.floats_step : 0;
+      int64_t pixels = run->pixels;
+      if (kCoded && n >= kLanes) {
+        for (; pixels >= 4; pixels -= 4) f.finish_four(low);
       }
+      for (; pixels > 0; --pixels) f.finish_one();
     }
   }
 }
@@ -111,8 +151,25 @@ void finish(const FinishBlock& block, const FinishTerms& terms) {
   finish_with<Second::floats>(block, terms);
 }
 
+// Many codes at once, in whatever registers there are.
+constexpr int64_t kCodes = kLanes >= 4 ? 4 * kLanes : 16;
+typedef uint8_t Codes __attribute__((vector_size(kCodes)));
+
 void max_codes(const PoolWindow& window, int64_t channels, uint8_t* target) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
+  int64_t c = 0;
+  for (; c + kCodes <= channels; c += kCodes) {
+    Codes best = {};
+    for (int64_t y = 0; y < window.rows; ++y) {
+      const uint8_t* at = window.data + y * window.row_step + c;
+      for (int64_t x = 0; x < window.columns; ++x, at += window.column_step) {
+        Codes codes;
+        __builtin_memcpy(&codes, at, sizeof(codes));
+        best = best > codes ? best : codes;
+      }
+    }
+    __builtin_memcpy(target + c, &best, sizeof(best));
+  }
+  for (; c < channels; c += kLanes) {
     Int best = zero_int();
     for (int64_t y = 0; y < window.rows; ++y) {
       const uint8_t* at = window.data + y * window.row_step + c;

@@ -169,6 +169,16 @@ int64_t depthwise_scratch(const Network& network, const NetworkStep& step) {
   return (rows + 1) * word_bytes + layout.phases * step.kernel[0] * layout.span * 64 + (width + 4) * 64 + 256;
 }
 
+int64_t depthwise_overrun(const Network& network, const NetworkStep& step) {
+  const NetworkValue& target = network.values[static_cast<size_t>(step.target)];
+  const NetworkValue& source = network.values[static_cast<size_t>(step.source)];
+  const int64_t width = network.buffers[static_cast<size_t>(target.buffer)].width;
+  const DepthwiseLayout layout = depthwise_layout(depthwise_shape(step, width));
+  // Whole words of pixels are read, of which the last outputs need only a part.
+  const int64_t needed = (width - 1) * step.stride[1] + step.reach(1);
+  return (4 * layout.words - needed) * network.buffers[static_cast<size_t>(source.buffer)].pixel_bytes();
+}
+
 void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_t parts, uint8_t* scratch) {
   const StepViews views(chunk, step);
   const View& target = views.target;

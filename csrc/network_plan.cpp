@@ -41,9 +41,17 @@ void place_buffers(Network& network) {
     buffer.place = begin;
     network.arena_bytes = std::max(network.arena_bytes, begin + bytes);
   }
+  network.slack_bytes = 256;
   for (const NetworkStep& step : network.steps) {
-    if (step.kind != StepKind::conv) continue;
-    const int64_t bytes = network.depthwise(step) ? depthwise_scratch(network, step) : dense_scratch(step);
+    int64_t bytes = 0;
+    if (step.kind == StepKind::quantize) {
+      bytes = 4 * network.values[static_cast<size_t>(step.target)].channels;
+    } else if (step.kind == StepKind::conv && network.depthwise(step)) {
+      bytes = depthwise_scratch(network, step);
+      network.slack_bytes = std::max(network.slack_bytes, depthwise_overrun(network, step) + 256);
+    } else if (step.kind == StepKind::conv) {
+      bytes = dense_scratch(step);
+    }
     network.scratch_bytes = std::max(network.scratch_bytes, bytes);
   }
 }
