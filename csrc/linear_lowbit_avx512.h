@@ -34,12 +34,14 @@ struct Groups {
 inline void load_scales(const LowBitLinear& problem, int64_t column, int64_t count, int64_t group, __m512i* tile) {
   const __mmask16 mask = lanes16(problem.groups - group);
   const __m512 factor = _mm512_set1_ps(problem.level_scale);
+  const int64_t scale_bytes = problem.scale_is_half ? 2 : 4;
 #pragma GCC unroll 16
   for (int c = 0; c < 16; ++c) {
     const int64_t index = (column + smaller(c, count - 1)) * problem.groups + group;
     const __m512 scale = problem.scale_is_half ? load16<FloatType::float16>(problem.scale, index, mask)
                                                : load16<FloatType::float32>(problem.scale, index, mask);
     tile[c] = _mm512_castps_si512(_mm512_mul_ps(scale, factor));
+    _mm_prefetch(static_cast<const char*>(problem.scale) + (index + 16 * problem.groups) * scale_bytes, _MM_HINT_T1);
   }
 }
 
@@ -53,6 +55,7 @@ void expand_zero_points(const LowBitLinear& problem, int64_t column, int64_t cou
   for (int c = 0; c < 16; ++c) {
     const int64_t index = (column + smaller(c, count - 1)) * problem.groups + group;
     tile[c] = _mm512_and_si512(_mm512_maskz_loadu_epi8(mask, problem.zero_point + index), field_mask);
+    _mm_prefetch(problem.zero_point + index + 16 * problem.groups, _MM_HINT_T1);
   }
   transpose16(tile);
   const int64_t steps = smaller(64, problem.groups - group);

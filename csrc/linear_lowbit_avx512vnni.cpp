@@ -36,6 +36,7 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
     for (int c = 0; c < 16; ++c) {
       const uint8_t* source = weight + smaller(c, count - 1) * problem.row_bytes + offset;
       tile[c] = levels64<BITS, LEVELS>(_mm512_maskz_loadu_epi8(mask, source), table);
+      _mm_prefetch(source + 16 * problem.row_bytes, _MM_HINT_T1);  // rows are short: nothing else would fetch ahead
     }
     transpose16(tile);
 #pragma GCC unroll 4

@@ -79,7 +79,7 @@ __attribute__((noinline)) __m512 dot_columns(const LowBitLinear& problem, const 
 #pragma GCC unroll 16
       for (int c = 0; c < 16; ++c, source += step) {
         const __m512i packed = _mm512_maskz_loadu_epi8(mask, source);
-        if (kBytes >= 64 || k % (64 / kBytes * kSpan) == 0) _mm_prefetch(source + ahead, _MM_HINT_T0);
+        if (kBytes >= 64 || k % (64 / kBytes * kSpan) == 0) _mm_prefetch(source + ahead, _MM_HINT_T1);
         if constexpr (NIBBLES) {
           sums[c] = _mm512_dpbusd_epi32(sums[c], nibble_levels<LEVELS>(packed, table), codes);
           sums[c] = _mm512_dpbusd_epi32(sums[c], nibble_levels<LEVELS>(_mm512_srli_epi16(packed, 4), table), odd_codes);
