@@ -11,6 +11,7 @@ namespace narrowcast {
 //   float(sum_k (codes[m, k] - 128) * (level[n, k] - zero_point[n, g(b)])) * (scale[n, g(b)] * level_scale)
 //   * code_scales[m, b] + bias[n]), every float step rounded by itself; g(b) = b / blocks_per_group.
 struct LowBitLinear {
+  int64_t rows;               // of the whole call
   const uint8_t* codes;       // [rows, code_stride]; 128, the code of 0, behind depth
   int64_t code_stride;        // blocks * block rounded up to 64
   const float* code_scales;   // [rows, blocks]
@@ -34,6 +35,8 @@ struct LowBitLinear {
 };
 
 struct LowBitKernels {
+  // Brings the codes of one row into the order that `tile` wants; null where that is the order they have.
+  void (*order_row)(const LowBitLinear& problem, uint8_t* codes);
   // Computes the given rows and columns of the output; `scratch` has scratch(problem) bytes, 64-byte aligned.
   void (*tile)(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
   int64_t (*scratch)(const LowBitLinear& problem);
@@ -42,14 +45,16 @@ struct LowBitKernels {
 void lowbit_tile_scalar(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_tile_avx2(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_tile_avx512vnni(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
+void lowbit_order_row_avx512vnni(const LowBitLinear& problem, uint8_t* codes);
 int64_t lowbit_scratch_scalar(const LowBitLinear& problem);
 int64_t lowbit_scratch_avx2(const LowBitLinear& problem);
 int64_t lowbit_scratch_avx512vnni(const LowBitLinear& problem);
 
-constexpr LowBitKernels kLowBitScalar = {lowbit_tile_scalar, lowbit_scratch_scalar};
+constexpr LowBitKernels kLowBitScalar = {nullptr, lowbit_tile_scalar, lowbit_scratch_scalar};
 #if NARROWCAST_X86
-constexpr LowBitKernels kLowBitAvx2 = {lowbit_tile_avx2, lowbit_scratch_avx2};
-constexpr LowBitKernels kLowBitAvx512 = {lowbit_tile_avx512vnni, lowbit_scratch_avx512vnni};
+constexpr LowBitKernels kLowBitAvx2 = {nullptr, lowbit_tile_avx2, lowbit_scratch_avx2};
+constexpr LowBitKernels kLowBitAvx512 = {lowbit_order_row_avx512vnni, lowbit_tile_avx512vnni,
+                                         lowbit_scratch_avx512vnni};
 constexpr Tiers<LowBitKernels> kLowBitTiers = {{&kLowBitScalar, &kLowBitAvx2, &kLowBitAvx512}};
 #else
 constexpr Tiers<LowBitKernels> kLowBitTiers = {{&kLowBitScalar, &kLowBitScalar, &kLowBitScalar}};

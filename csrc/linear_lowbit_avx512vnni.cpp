@@ -19,9 +19,9 @@ struct Panel {
 };
 
 // Expands up to 16 stored weight rows to the columns [first, first + 16) of the panel.
-template <int BITS, bool LEVELS>
+template <int BITS>
 __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64_t column, int64_t count, Panel panel) {
-  const __m512i table = level_table(problem);
+  const __m512i table = _mm512_setzero_si512();
   const uint8_t* weight = problem.weight + column * problem.row_bytes;
   const int64_t depth = problem.blocks * problem.block;
   const __m512i constant = _mm512_set1_epi8(static_cast<char>(problem.zero));
@@ -35,7 +35,7 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
 #pragma GCC unroll 16
     for (int c = 0; c < 16; ++c) {
       const uint8_t* source = weight + smaller(c, count - 1) * problem.row_bytes + offset;
-      tile[c] = levels64<BITS, LEVELS>(_mm512_maskz_loadu_epi8(mask, source), table);
+      tile[c] = levels64<BITS, false>(_mm512_maskz_loadu_epi8(mask, source), table);
       _mm_prefetch(source + 16 * problem.row_bytes, _MM_HINT_T1);  // rows are short: nothing else would fetch ahead
     }
     transpose16(tile);
@@ -61,16 +61,62 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
   }
 }
 
+// The same for nibbles, 128 codes at a time: two fields of a byte are transposed together. Every 8 codes of the panel are the
+// even ones, then the odd ones.
+template <bool LEVELS>
+__attribute__((noinline)) void expand_nibbles(const LowBitLinear& problem, int64_t column, int64_t count, Panel panel) {
+  const __m512i table = level_table(problem), low = _mm512_set1_epi8(15);
+  const uint8_t* weight = problem.weight + column * problem.row_bytes;
+  const int64_t depth = problem.blocks * problem.block;
+  const __m512i constant = _mm512_set1_epi8(static_cast<char>(problem.zero));
+  for (int64_t block = 0; block < problem.blocks; ++block) {
+    _mm512_store_si512(panel.starts + block * kPanelColumns, _mm512_setzero_si512());
+  }
+  for (int64_t k = 0; k < depth; k += 128) {
+    const __mmask64 mask = lanes64(problem.row_bytes - k / 2);
+    __m512i tile[16];
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) {
+      const uint8_t* source = weight + smaller(c, count - 1) * problem.row_bytes + k / 2;
+      tile[c] = _mm512_maskz_loadu_epi8(mask, source);
+      _mm_prefetch(source + 16 * problem.row_bytes, _MM_HINT_T1);
+    }
+    transpose16(tile);
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {  // 16 codes each: never in two blocks
+      if (k + 16 * part >= depth) break;
+      const int64_t block = (k + 16 * part) / problem.block;
+      const __m512i zero_point =
+          problem.zero_point != nullptr
+              ? _mm512_load_si512(panel.groups.zero_points + block / problem.blocks_per_group * kPanelColumns)
+              : constant;
+      __m512i sum = _mm512_setzero_si512();
+      int8_t* target = panel.weights + (k + 16 * part) * kPanelColumns;
+#pragma GCC unroll 4
+      for (int quad = 0; quad < 4; ++quad) {
+        const __m512i packed = tile[2 * part + quad / 2];
+        __m512i values = _mm512_and_si512(quad % 2 == 0 ? packed : _mm512_srli_epi16(packed, 4), low);
+        if constexpr (LEVELS) values = _mm512_shuffle_epi8(table, values);
+        values = _mm512_sub_epi8(values, zero_point);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), values);
+        _mm512_store_si512(target + quad * 4 * kPanelColumns, values);
+      }
+      int32_t* start = panel.starts + block * kPanelColumns;
+      _mm512_store_si512(start, _mm512_sub_epi32(_mm512_load_si512(start), sum));
+    }
+  }
+}
+
 using Expand = void (*)(const LowBitLinear&, int64_t, int64_t, Panel);
 
 Expand expand_body(const LowBitLinear& problem) {
   switch (problem.bits) {
-    case 2: return expand_weights<2, false>;
-    case 3: return expand_weights<3, false>;
-    case 4: return problem.levels != nullptr ? expand_weights<4, true> : expand_weights<4, false>;
-    case 5: return expand_weights<5, false>;
-    case 6: return expand_weights<6, false>;
-    default: return expand_weights<8, false>;
+    case 2: return expand_weights<2>;
+    case 3: return expand_weights<3>;
+    case 4: return problem.levels != nullptr ? expand_nibbles<true> : expand_nibbles<false>;
+    case 5: return expand_weights<5>;
+    case 6: return expand_weights<6>;
+    default: return expand_weights<8>;
   }
 }
 
@@ -167,8 +213,17 @@ void many_rows(const LowBitLinear& problem, Range rows, Range columns, void* scr
 }  // namespace
 
 void lowbit_tile_avx512vnni(const LowBitLinear& problem, Range rows, Range columns, void* scratch) {
-  if (rows.end - rows.begin <= kFewRows) return lowbit_few_rows_avx512vnni(problem, rows, columns, scratch);
+  if (problem.rows <= kFewRows) return lowbit_few_rows_avx512vnni(problem, rows, columns, scratch);
   many_rows(problem, rows, columns, scratch);
+}
+
+// Of every 8 codes the even ones, then the odd ones: the order of a panel of nibbles.
+void lowbit_order_row_avx512vnni(const LowBitLinear& problem, uint8_t* codes) {
+  if (problem.bits != 4 || problem.rows <= kFewRows) return;
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  for (int64_t k = 0; k < problem.code_stride; k += 64) {
+    _mm512_storeu_si512(codes + k, _mm512_shuffle_epi8(_mm512_loadu_si512(codes + k), order));
+  }
 }
 
 int64_t lowbit_scratch_avx512vnni(const LowBitLinear& problem) {
