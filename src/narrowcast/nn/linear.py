@@ -133,7 +133,7 @@ class QuantizedLinear(QuantizedModule):
     def kernel(self) -> str:
         """See `QuantizedModule`."""
         if self._op is not None:
-            return kernel_name(self._op)
+            return kernel_name(self._op) + ("" if self.fused == "none" else f" with {self.fused}")
         native = weight_only_kernel(self.stored("weight"))
         if self.activation.mode == "float" and native is not None:
             return native
