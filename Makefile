@@ -60,12 +60,17 @@ wheel: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
 	  --no-build-isolation --no-deps --wheel-dir dist .
 
-bench: setup native
+# The peers that benchmarks time narrowcast against; ggml is used where NARROWCAST_GGML names a build of it.
+$(VENV)/.bench: $(VENV)/.package
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	touch $@ $(LIBRARY_STAMP)
+
+bench: $(VENV)/.bench native
 	$(BIN)/python -m benchmarks
 
 demo: $(VENV)/.demo native
 	$(BIN)/narrowcast demo
 
 clean:
-	rm -rf build dist $(VENV)/.package $(VENV)/.demo $(LIBRARY_STAMP)
+	rm -rf build dist $(VENV)/.package $(VENV)/.demo $(VENV)/.bench $(LIBRARY_STAMP)
 	rm -f src/narrowcast/kernels/*.so src/narrowcast/kernels/*.dll

@@ -1,15 +1,26 @@
-"""Every benchmark, one after the other: `python -m benchmarks [options that all of them take]`."""
+"""Every benchmark in turn, each in a process of its own: `python -m benchmarks [--quick] [--out FOLDER]`."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
-from benchmarks import accuracy, latency, sizes
+from benchmarks.machine import REPOSITORY
+
+BENCHMARKS = ("accuracy", "latency", "sizes", "networks", "linear", "conv", "quantizing")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs accuracy, latency and sizes with the same options; 1 when one of them returns 1."""
-    return max([benchmark.main(argv) for benchmark in (accuracy, latency, sizes)])
+    """Runs all benchmarks with the same options; 1 when one of them fails, which does not stop the others."""
+    options = sys.argv[1:] if argv is None else argv
+    failed = []
+    for name in BENCHMARKS:
+        print(f"=== benchmarks.{name}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", *options]
+        if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
+            failed.append(name)
+    print(f"failed: {', '.join(failed)}" if failed else "all benchmarks ran")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

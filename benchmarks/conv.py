@@ -4,8 +4,8 @@
     python -m benchmarks.conv --quick                    four layers, batch 1, into build/benchmarks
     python -m benchmarks.conv --layers 3x3 depthwise --batches 8 --threads 1
 
-Every layer is followed by ReLU. narrowcast takes and gives float32; ONNX Runtime's QLinearConv is timed both so and bare,
-from uint8 to uint8. Dense layers are judged by the multiply peak, depthwise ones by the bandwidth of L2.
+Every layer is followed by ReLU. narrowcast takes and gives float32; ONNX Runtime's QLinearConv is timed so and also
+bare, from uint8 to uint8. Dense layers are judged by the multiply peak, depthwise ones by the bandwidth of L2.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch.nn import functional
 from benchmarks import conv_peers, limits, results_io
 from benchmarks.conv_problem import LAYERS, ConvContender, ConvLayer, Prepare
 from benchmarks.limits import Limits
-from benchmarks.linear import reason_of, worst_error
+from benchmarks.linear import worst_error
 from benchmarks.machine import machine
+from benchmarks.peers import attempt
 from benchmarks.timing import Call, Timing, interleave
 
 QUICK = ("3x3 64 @56", "1x1 64>256 @56", "depthwise 3x3 144 @56", "1x1 64>384 @14")
@@ -33,14 +35,13 @@ OURS = ("narrowcast static int8", "narrowcast static int8 channels_last")
 TARGETS = {"1x1": ("r_mac", 0.75), "3x3": ("r_mac", 0.65), "depthwise": ("r_bw", 0.4)}
 
 
-def prepared(layer: ConvLayer, skipped: dict[str, str]) -> dict[str, Prepare]:
+def prepared(layer: ConvLayer, skipped: dict[str, str], only: list[str] | None = None) -> dict[str, Prepare]:
     """The contenders that have this layer; the others are named with their reason in `skipped`."""
     found = {}
-    for contender in conv_peers.CONTENDERS:
-        try:
-            found[contender.name] = contender.make(layer)
-        except Exception as error:  # a contender that cannot do this layer is a result, not a crash
-            skipped[contender.name] = reason_of(error)
+    for contender in (c for c in conv_peers.CONTENDERS if only is None or any(text in c.name for text in only)):
+        prepare = attempt(contender.name, partial(contender.make, layer), skipped)
+        if prepare is not None:
+            found[contender.name] = prepare
     return found
 
 
@@ -50,6 +51,12 @@ def as_float(answer: Tensor, call: Call) -> Tensor:
         return answer.float()
     scale, zero = call.range  # type: ignore[attr-defined]
     return ((answer.float() - zero) * scale).permute(0, 3, 1, 2)
+
+
+def call_and_error(prepare: Prepare, x: Tensor, expected: Tensor) -> tuple[Call, float]:
+    """The call of an input and the error of its answer."""
+    call = prepare(x)
+    return call, worst_error(as_float(call(), call), expected)
 
 
 def fractions(contender: ConvContender, layer: ConvLayer, batch: int, milliseconds: float, limit: Limits) -> Any:
@@ -68,14 +75,10 @@ def measure(layer: ConvLayer, batch: int, limit: Limits, options: Namespace, ski
     x = layer.example(batch)
     expected = functional.relu(layer.module()(x))
     calls, errors = {}, {}
-    for name, prepare in prepared(layer, skipped).items():
-        try:
-            call = prepare(x)
-            errors[name] = worst_error(as_float(call(), call), expected)
-        except Exception as error:  # see `prepared`
-            skipped[name] = reason_of(error)
-        else:
-            calls[name] = call
+    for name, prepare in prepared(layer, skipped, options.only).items():
+        answered = attempt(name, partial(call_and_error, prepare, x, expected), skipped)
+        if answered is not None:
+            calls[name], errors[name] = answered
     load = results_io.load_average()
     timings = interleave(calls, rounds=options.rounds, seconds=options.seconds, least=1)
     row = {"layer": layer.name, "batch": batch, "threads": limit.threads, "load_average": load}
@@ -167,12 +170,15 @@ def options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--layers", nargs="+", help="layers whose names contain one of these texts (default: all)")
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: 1 8, with --quick 1)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
+    parser.add_argument("--only", nargs="+", help="contenders whose names contain one of these texts")
     parser.add_argument("--rounds", type=int, default=5, help="bursts per contender (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.02, help="least duration of a burst (default: 0.02)")
     parser.add_argument("--quick", action="store_true", help="four layers, batch 1")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
-    chosen.complete = not (chosen.quick or chosen.layers or chosen.batches or set(chosen.threads) != {1, 2})
+    chosen.complete = not (
+        chosen.quick or chosen.layers or chosen.batches or chosen.only or set(chosen.threads) != {1, 2}
+    )
     wanted = chosen.layers or (QUICK if chosen.quick else ("",))
     chosen.layers = [layer for layer in LAYERS if any(text in layer.name for text in wanted)]
     chosen.batches = chosen.batches or ([1] if chosen.quick else [1, 8])

@@ -44,7 +44,7 @@ def quantized(layer: ConvLayer) -> nn.Module:
 
 
 def in_narrowcast(memory_format: torch.memory_format) -> Any:
-    """narrowcast's static int8 with float inputs of one memory format."""
+    """Narrowcast's static int8 with float inputs of one memory format."""
 
     def make(layer: ConvLayer) -> Prepare:
         model = quantized(layer)

@@ -4,6 +4,7 @@
     python -m benchmarks.linear --quick                  three shapes, about 3 minutes, into build/benchmarks
     python -m benchmarks.linear --shapes 4096x4096 --batches 1 16 --threads 1
     python -m benchmarks.linear --shapes all             every shape of the plan
+    python -m benchmarks.linear --avx2                   everybody who can be held to AVX2, into linear-avx2.json
 
 All contenders of one shape, batch and thread count run in one process, interleaved. Hot: one weight, again and again.
 Cold: copies of the weight in rotation, four times as large as the last cache together, as in a model's decoding.
@@ -15,10 +16,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
+import subprocess
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import limits, linear_narrowcast, linear_onnx, linear_page, linear_torch, peers_ggml, results_io
+from benchmarks import (
+    limits,
+    linear_narrowcast,
+    linear_onnx,
+    linear_page,
+    linear_torch,
+    peers_ggml,
+    results_io,
+    roofline,
+)
 from benchmarks.limits import Limits
 from benchmarks.linear_problem import Contender, Prepare, Problem
-from benchmarks.machine import machine
-from benchmarks.peers import UnavailableError
+from benchmarks.machine import REPOSITORY, machine
+from benchmarks.peers import attempt
 from benchmarks.timing import Call, Timing, interleave
 
 CONTENDERS = (
@@ -93,16 +106,10 @@ def factories_of(problem: Problem, chosen: Sequence[Contender], skipped: dict[st
     """What makes copies of every contender that has this layer; the others are named with their reason."""
     found: Factories = {}
     for contender in chosen:
-        try:
-            found[contender.name] = contender.copies(problem)
-        except Exception as error:  # a contender that cannot do this layer is a result, not a crash
-            skipped[contender.name] = reason_of(error)
+        copies = attempt(contender.name, partial(contender.copies, problem), skipped)
+        if copies is not None:
+            found[contender.name] = copies
     return found
-
-
-def reason_of(error: Exception) -> str:
-    """Why a contender is missing, short."""
-    return (str(error) if isinstance(error, UnavailableError) else f"{type(error).__name__}: {error}")[:300]
 
 
 def prepared_copies(
@@ -111,11 +118,11 @@ def prepared_copies(
     """The copies of every contender for the current number of threads, one, or as many as cold timing needs."""
     ready = {}
     for contender in (c for c in CONTENDERS if c.name in factories and c.name not in skipped):
-        try:
-            count = copies_needed(contender, shape) if cold else 1
-            ready[contender.name] = [factories[contender.name]() for _ in range(count)]
-        except Exception as error:  # see factories_of
-            skipped[contender.name] = reason_of(error)
+        copy = factories[contender.name]
+        count = copies_needed(contender, shape) if cold else 1
+        copies = attempt(contender.name, lambda copy=copy, count=count: [copy() for _ in range(count)], skipped)
+        if copies is not None:
+            ready[contender.name] = copies
     return ready
 
 
@@ -128,10 +135,9 @@ def answered(ready: dict[str, list[Prepare]], x: Tensor, expected: Tensor, skipp
     """The error of every contender on this input; one that fails on it is named with its reason."""
     errors = {}
     for name, copies in ready.items():
-        try:
-            errors[name] = worst_error(copies[0](x)(), expected)
-        except Exception as error:  # see factories_of
-            skipped[name] = reason_of(error)
+        error = attempt(name, lambda copies=copies: worst_error(copies[0](x)(), expected), skipped)
+        if error is not None:
+            errors[name] = error
     return errors
 
 
@@ -173,7 +179,7 @@ def case_rows(
         reached = fractions(named[name], shape, case["batch"], timing.median, limit, cold=cold)
         rows.append(
             case
-            | {"contender": name, "family": named[name].family}
+            | {"contender": name, "family": named[name].family, "bits": named[name].bits}
             | {"median_us": round(1e3 * timing.median, 2), "fastest_us": round(1e3 * timing.fastest, 2)}
             | reached
             | {"error": round(errors[name], 5)}
@@ -216,6 +222,8 @@ def measure(shape: Shape, measured: list[Limits], options: Namespace, skipped: d
     problem = Problem.random(*shape)
     chosen = [c for c in CONTENDERS if not options.only or any(text in c.name for text in options.only)]
     missing: dict[str, str] = {}
+    if options.avx2:
+        chosen = restricted(chosen, missing)
     factories = factories_of(problem, chosen, missing)
     rows = []
     for limit in measured:
@@ -224,6 +232,24 @@ def measure(shape: Shape, measured: list[Limits], options: Namespace, skipped: d
             rows += measure_shape(shape, limit, factories, problem, options, missing)
     skipped |= {f"{shape_name(shape)}, {name}": reason for name, reason in missing.items()}
     return rows
+
+
+# What holds narrowcast, torch, oneDNN, MKL and FBGEMM to AVX2; they read it when they are loaded.
+AVX2_ONLY = {
+    "NARROWCAST_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+}
+UNRESTRICTED = ("ONNX Runtime", "ggml")
+
+
+def restricted(chosen: Sequence[Contender], missing: dict[str, str]) -> list[Contender]:
+    """The contenders that obey AVX2_ONLY; the others are named with their reason in `missing`."""
+    free = [contender.name for contender in chosen if contender.name.startswith(UNRESTRICTED)]
+    missing |= dict.fromkeys(free, "nothing holds it to AVX2")
+    return [contender for contender in chosen if contender.name not in free]
 
 
 def parse_shapes(texts: list[str] | None, *, quick: bool) -> list[Shape]:
@@ -242,6 +268,7 @@ def options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: 1 4 16 128, more for 2048x2048)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
     parser.add_argument("--only", nargs="+", help="contenders whose names contain one of these texts")
+    parser.add_argument("--avx2", action="store_true", help="hold everybody to AVX2")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="hot weights only")
     parser.add_argument("--rounds", type=int, default=5, help="bursts per contender (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.005, help="least duration of a burst (default: 0.005)")
@@ -249,15 +276,18 @@ def options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
-    partial = chosen.quick or chosen.shapes not in (None, ["all"]) or chosen.batches or chosen.only
-    chosen.complete = not partial and chosen.cold and set(chosen.threads) == {1, 2}
+    is_part = chosen.quick or chosen.shapes not in (None, ["all"]) or chosen.batches or chosen.only
+    chosen.complete = not is_part and chosen.cold and set(chosen.threads) == {1, 2}
     chosen.shapes = parse_shapes(chosen.shapes, quick=chosen.quick)
     return chosen
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, writes the results, and returns 1 when nothing could be timed (or, with --strict, a target is missed)."""
+    """Measures, writes the results, and returns 1 when nothing was timed (or, with --strict, a target is missed)."""
     chosen = options(argv)
+    if chosen.avx2 and any(os.environ.get(name) != value for name, value in AVX2_ONLY.items()):
+        command = [sys.executable, "-m", "benchmarks.linear", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, cwd=REPOSITORY, env=os.environ | AVX2_ONLY, check=False).returncode
     warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # it announces its own removal
     facts, skipped, rows = machine(), {}, []
     measured = [limits.measure(threads) for threads in chosen.threads]
@@ -267,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     again = [limits.measure(threads) for threads in chosen.threads]  # did the machine stay the same?
     document = {
         "machine": facts,
+        "ggml": peers_ggml.version(),
         "limits": limits.as_data(measured),
         "limits_afterwards": limits.as_data(again),
         "targets": linear_page.judged(rows),
@@ -275,7 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     folder = chosen.out or results_io.folder_of(chosen.complete)
     page = linear_page.markdown(facts, [limits.table(measured), limits.table(again)], rows, skipped)
-    results_io.write_results(folder, "linear", document, page)
+    name = "linear-avx2" if chosen.avx2 else "linear"
+    results_io.write_results(folder, name, document, page)
+    roofline.draw_beside(document, folder, name)
     missed = any(verdict["met"] is False for verdict in document["targets"])
     return int(not rows or (chosen.strict and missed))
 

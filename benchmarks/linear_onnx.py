@@ -69,9 +69,7 @@ def dynamic_copies(problem: Problem) -> Callable[[], Prepare]:
     from onnx import helper
 
     codes, scale = int8_rows(problem.weight)
-    node = helper.make_node(
-        "DynamicQuantizeMatMul", ["X", "B", "scale", "zero", "bias"], ["Y"], domain=MICROSOFT
-    )
+    node = helper.make_node("DynamicQuantizeMatMul", ["X", "B", "scale", "zero", "bias"], ["Y"], domain=MICROSOFT)
     constants = {
         "B": codes.t().contiguous().numpy(),
         "scale": scale.numpy(),

@@ -48,9 +48,7 @@ class Problem:
         """A layer of this shape with the same numbers in every run."""
         generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
         weight = torch.randn(rows, columns, generator=generator) / columns**0.5
-        return Problem(
-            weight, torch.randn(rows, generator=generator), torch.randn(64, columns, generator=generator)
-        )
+        return Problem(weight, torch.randn(rows, generator=generator), torch.randn(64, columns, generator=generator))
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,10 @@ def quantized_models(kit: KitModel, skipped: dict[str, str]) -> dict[str, nn.Mod
 
     models = {}
     for preset in PRESETS[kit.kind]:
-        try:
-            models[preset] = nc.quantize(kit.build(), preset, data=kit.calibration(), progress=False).model
-        except Exception as error:  # a benchmark reports whatever a preset raises, and goes on
-            skipped[f"narrowcast {preset}"] = f"{type(error).__name__}: {error}"
+        quantize = partial(nc.quantize, kit.build(), preset, data=kit.calibration(), progress=False)
+        quantized = peers.attempt(f"narrowcast {preset}", quantize, skipped)
+        if quantized is not None:
+            models[preset] = quantized.model
     return models
 
 
@@ -100,16 +100,17 @@ def made(contenders: dict[str, Callable[[], Prepare]], batch: Batch, skipped: di
     """The contenders that answer this batch; the others are named with their reason in `skipped`."""
     ready: dict[str, Prepare] = {}
     for name, make in contenders.items():
-        try:
-            prepare = make()
-            prepare(batch)()
-        except Exception as error:  # a peer that cannot run this network is a result, not a crash
-            text = str(error) if isinstance(error, peers.UnavailableError) else f"{type(error).__name__}: {error}"
-            skipped[name] = text[:300]
-        else:
+        prepare = peers.attempt(name, lambda make=make: tried(make(), batch), skipped)
+        if prepare is not None:
             ready[name] = prepare
             print(f"  ready: {name}", flush=True)
     return ready
+
+
+def tried(prepare: Prepare, batch: Batch) -> Prepare:
+    """The same contender after it has answered this batch once."""
+    prepare(batch)()
+    return prepare
 
 
 def as_tensor(answer: Any) -> Tensor:
@@ -163,7 +164,12 @@ def measure(
     """One row: all contenders on one network, shape and the current number of threads."""
     skipped: dict[str, str] = {}
     batch = kit.example(shape)
-    ready = made(makers(kit, shape, options.folder, models), batch, skipped)
+    chosen = {
+        name: make
+        for name, make in makers(kit, shape, options.folder, models).items()
+        if not options.only or name == peers.FLOAT32 or any(text in name for text in options.only)
+    }
+    ready = made(chosen, batch, skipped)
     if shape not in known:  # the number of threads changes no answer
         known[shape] = errors(kit, ready, shape), multiplications(kit, shape)
     found, macs = known[shape]
@@ -209,13 +215,18 @@ def options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--models", nargs="+", choices=NETWORKS, help="networks to measure (default: all)")
     parser.add_argument("--shapes", nargs="+", help="only these, for example 1 32 32x64 (default: all of the network)")
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1], help="thread counts (default: 2 1)")
+    parser.add_argument(
+        "--only", nargs="+", help="contenders whose names contain one of these texts, and torch float32"
+    )
     parser.add_argument("--rounds", type=int, help="bursts per contender (default: 7, with --quick 2)")
     parser.add_argument("--seconds", type=float, help="least duration of a burst (default: 0.1, with --quick 0.02)")
     parser.add_argument("--quick", action="store_true", help="two networks, their smallest shape, short bursts")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
-    chosen.complete = not (chosen.quick or chosen.models or chosen.shapes or set(chosen.threads) != {1, 2})
+    chosen.complete = not (
+        chosen.quick or chosen.models or chosen.shapes or chosen.only or set(chosen.threads) != {1, 2}
+    )
     chosen.models = chosen.models or (QUICK if chosen.quick else NETWORKS)
     chosen.rounds = chosen.rounds or (2 if chosen.quick else 7)
     chosen.seconds = chosen.seconds or (0.02 if chosen.quick else 0.1)

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,24 @@ from torch import Tensor, nn
 from benchmarks.kit import Batch, KitModel, run
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 
 class UnavailableError(RuntimeError):
     """A contender that cannot run this model here; the message is the reason that the result shows."""
+
+
+def attempt(name: str, work: Callable[[], T], skipped: dict[str, str]) -> T | None:
+    """The result of `work`; None when it fails, and then its reason is in `skipped` under this name.
+
+    A contender that cannot do something here is a result that the page shows, not a crash.
+    """
+    try:
+        return work()
+    except Exception as error:
+        text = str(error) if isinstance(error, UnavailableError) else f"{type(error).__name__}: {error}"
+        skipped[name] = text[:300]
+        return None
 
 
 def converted(batch: Batch, convert: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,8 +1,8 @@
 """ggml's linear layers through ctypes, where a build of ggml is found: Q4_0 in its repacked layout, and Q8_0.
 
-Set NARROWCAST_GGML to the folder that holds libggml-base.so and libggml-cpu.so of a shared-library build (they may lie in
-folders below it). Weights of Q4_0 live in the CPU_REPACK buffer, which interleaves eight rows; on x86 ggml has no such
-layout for Q8_0. Threads are a pool of ggml's own, which waits as soon as a product is done for about a millisecond.
+Set NARROWCAST_GGML to the folder that holds libggml-base.so and libggml-cpu.so of a shared-library build (they may lie
+in folders below it). Weights of Q4_0 live in the CPU_REPACK buffer, which interleaves eight rows; on x86 ggml has no
+such layout for Q8_0. Threads are a pool of ggml's own; they look for work about a millisecond longer and then sleep.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ LOG_CALLBACK = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_init": (c_void_p, [InitParams]),
     "ggml_log_set": (None, [LOG_CALLBACK, c_void_p]),
+    "ggml_version": (c_char_p, []),
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
     "ggml_new_tensor_1d": (c_void_p, [c_void_p, c_int, c_int64]),
@@ -85,7 +86,7 @@ class Library:
         """Loads the libraries below `folder`."""
         found = [next(iter(sorted(folder.rglob(f"lib{name}.*"))), None) for name in ("ggml-base", "ggml-cpu")]
         if None in found:
-            raise UnavailableError(f"{VARIABLE}={folder}: no libggml-base and libggml-cpu there")
+            raise UnavailableError(f"no libggml-base and libggml-cpu in the folder that {VARIABLE} names")
         self._parts = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in found]
         self._silent = LOG_CALLBACK(lambda level, text, data: None)  # it reports every weight that it packs
         self.ggml_log_set(self._silent, None)
@@ -107,7 +108,15 @@ def library() -> Library:
     try:
         return Library(Path(folder))
     except OSError as error:
-        raise UnavailableError(f"{VARIABLE}={folder}: {error}") from error
+        raise UnavailableError(f"the libraries in the folder that {VARIABLE} names do not load") from error
+
+
+def version() -> str | None:
+    """The version of that build; None without one."""
+    try:
+        return str(library().ggml_version().decode())
+    except UnavailableError:
+        return None
 
 
 @lru_cache(maxsize=4)

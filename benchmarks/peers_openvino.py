@@ -49,12 +49,13 @@ def int8_file(kit: KitModel, shape: tuple[int, ...], folder: Path) -> Path:
 
 
 def _calibration(kit: KitModel, shape: tuple[int, ...]) -> list[Any]:
-    """Batches of exactly this shape: images of the calibration split, or the timed kind of text."""
+    """Batches of exactly this shape from the calibration split."""
     if kit.kind == "cnn":
         return [batch.numpy() for batch in peers_onnx.calibration_batches(kit, shape[0])]
-    batch = kit.example(shape)
-    assert isinstance(batch, dict)
-    return [{name: tensor.numpy() for name, tensor in batch.items()}]
+    from benchmarks.kit.minilm import calibration_examples
+
+    most = max(8, 256 // shape[0])
+    return [{name: t.numpy() for name, t in batch.items()} for batch in calibration_examples(shape, most)]
 
 
 def prepare(path: Path, precision: str | None = None) -> peers_onnx.Prepare:

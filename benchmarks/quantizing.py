@@ -3,8 +3,8 @@
     python -m benchmarks.quantizing                      4096 x 4096, 1 and 2 threads, into benchmarks/results
     python -m benchmarks.quantizing --quick              1024 x 1024, into build/benchmarks
 
-`solver` is the weight solver alone: ranges, scales, zero points, codes. `pipeline` is nc.quantize on a model of one linear
-layer: besides, packing, a module of its own and the measured errors of the report. gguf's numbers are packed bytes.
+`solver` is the weight solver alone: ranges, scales, zero points, codes. `pipeline` is nc.quantize on a model of one
+linear layer: besides, packing, its own module and the measured errors of the report. gguf's numbers are packed bytes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import limits, results_io
-from benchmarks.linear import reason_of
 from benchmarks.linear_problem import need
 from benchmarks.machine import machine
+from benchmarks.peers import attempt
 from benchmarks.timing import Call, interleave
 
 # name -> weight format, range search of round-to-nearest, gguf's format that holds as many bits
@@ -77,17 +77,20 @@ def makers(weight: Tensor) -> dict[str, Callable[[], Call]]:
     return found
 
 
+def tried(call: Call) -> Call:
+    """The same call after it has run once."""
+    call()
+    return call
+
+
 def measure(weight: Tensor, threads: int, options: Namespace, skipped: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of one thread count."""
     torch.set_num_threads(threads)
     calls = {}
     for name, make in makers(weight).items():
-        try:
-            calls[name] = make()
-            calls[name]()
-        except Exception as error:  # a contender that cannot run is a result, not a crash
-            calls.pop(name, None)
-            skipped[name] = reason_of(error)
+        call = attempt(name, lambda make=make: tried(make()), skipped)
+        if call is not None:
+            calls[name] = call
     timings = interleave(calls, rounds=options.rounds, seconds=options.seconds, least=1)
     size = 4 * weight.numel()
     rates = {name: size / timing.median / 1e6 for name, timing in timings.items()}

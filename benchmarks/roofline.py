@@ -1,6 +1,6 @@
 """The roofline plot: what every contender of a linear layer reached against what the machine allows, one mark per peer.
 
-    python -m benchmarks.roofline                        reads benchmarks/results/linear.json, writes linear-*.svg beside it
+    python -m benchmarks.roofline                        of benchmarks/results/linear.json, beside it
     python -m benchmarks.roofline FILE --shapes 2048x2048
 
 Left of the ridge bandwidth decides (batch 1), right of it multiplications do (large batches). A mark below the roof has
@@ -10,6 +10,7 @@ room. Multiply-accumulates per byte count the bytes that the format itself needs
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -25,11 +26,11 @@ PANELS += ((INT8_WEIGHTS, "int8 weights, float activations"), (INT4_WEIGHTS, "4-
 ROOFS = (("int8", "multiply peak int8"), ("bfloat16", "multiply peak bfloat16"), ("float32", "multiply peak float32"))
 
 
-def point(row: Row, bits: float) -> tuple[float, float]:
+def point(row: Row) -> tuple[float, float]:
     """(multiply-accumulates per byte, 1e9 multiply-accumulates per second) of one row."""
     outputs, inputs = map(int, row["shape"].split("x"))
     macs = row["batch"] * outputs * inputs
-    size = outputs * inputs * bits / 8 + 4 * row["batch"] * (outputs + inputs)
+    size = outputs * inputs * row["bits"] / 8 + 4 * row["batch"] * (outputs + inputs)
     return macs / size, macs / row["median_us"] / 1e3
 
 
@@ -47,11 +48,11 @@ def draw_roofs(axes: Any, limit: dict[str, Any], level: str, reach: tuple[float,
             axes.text(right, peak * 1.05, f"{label}, {peak:.0f}", fontsize=7, ha="right")
 
 
-def draw_panel(axes: Any, rows: list[Row], family: str, bits: dict[str, float], marks: dict[str, str]) -> None:
+def draw_panel(axes: Any, rows: list[Row], family: str, marks: dict[str, str]) -> None:
     """The marks of one family and of float; narrowcast's are filled."""
     names = list(dict.fromkeys(row["contender"] for row in rows if row["family"] in (family, FLOAT)))
     for name in names:
-        points = sorted(point(row, bits[name]) for row in rows if row["contender"] == name)
+        points = sorted(point(row) for row in rows if row["contender"] == name)
         ours = name.startswith("narrowcast")
         style = {"color": "tab:red" if ours else None, "markerfacecolor": None if ours else "none"}
         axes.plot(*zip(*points, strict=True), marker=marks[name], ms=6, lw=0.7 if ours else 0.3, label=name, **style)
@@ -80,21 +81,17 @@ def draw(document: dict[str, Any], shape: str, threads: int, mode: str, path: Pa
     mpl.rcParams["svg.hashsalt"] = "narrowcast"  # the same file for the same results
     from matplotlib import pyplot
 
-    from benchmarks.linear import CONTENDERS
-
-    bits = {contender.name: contender.bits for contender in CONTENDERS}
-    chosen = (row for row in document["rows"] if (row["shape"], row["threads"], row["mode"]) == (shape, threads, mode))
-    rows = [row for row in chosen if row["contender"] in bits]
+    rows = [row for row in document["rows"] if (row["shape"], row["threads"], row["mode"]) == (shape, threads, mode)]
     names = dict.fromkeys(row["contender"] for row in rows)
     marks = {name: MARKS[number % len(MARKS)] for number, name in enumerate(names)}
     limit = next(limit for limit in document["limits"] if limit["threads"] == threads)
-    every = [point(row, bits[row["contender"]])[0] for row in rows]
+    every = [point(row)[0] for row in rows]
     figure, panels = pyplot.subplots(2, 2, figsize=(14, 10), sharex=True, sharey=True)
     for axes, (family, title) in zip(panels.flat, PANELS, strict=True):
         axes.set(xscale="log", yscale="log", title=title)
         if limit["gmacs"] and limit["read_gbs"]:
             draw_roofs(axes, limit, level_of(rows), (min(every), max(every)))
-        draw_panel(axes, rows, family, bits, marks)
+        draw_panel(axes, rows, family, marks)
     figure.supxlabel("multiply-accumulates per byte read and written")
     figure.supylabel("1e9 multiply-accumulates per second")
     figure.suptitle(f"{shape}, {threads} thread{'s' * (threads > 1)}, {mode}; batches from left to right")
@@ -103,17 +100,28 @@ def draw(document: dict[str, Any], shape: str, threads: int, mode: str, path: Pa
     pyplot.close(figure)
 
 
-def draw_all(document: dict[str, Any], folder: Path, shapes: list[str] | None = None) -> list[Path]:
-    """The plots of some shapes in every thread count and mode that was measured; by default the shape with most rows."""
+def draw_all(
+    document: dict[str, Any], folder: Path, shapes: list[str] | None = None, name: str = "linear"
+) -> list[Path]:
+    """The plots of some shapes, by default of the one with most rows, for every measured thread count and mode."""
     rows = document["rows"]
     counted = [row["shape"] for row in rows]
     written = []
     for shape in shapes or [max(dict.fromkeys(counted), key=counted.count)]:
         for threads, mode in dict.fromkeys((r["threads"], r["mode"]) for r in rows if r["shape"] == shape):
-            path = folder / f"linear-{shape}-{threads}-{mode}.svg"
+            path = folder / f"{name}-{shape}-{threads}-{mode}.svg"
             draw(document, shape, threads, mode, path)
             written.append(path)
     return written
+
+
+def draw_beside(document: dict[str, Any], folder: Path, name: str) -> None:
+    """Draws the plots of the run called `name`, or says why not."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
+    for path in draw_all(document, folder, name=name):
+        print(f"wrote {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", help="shapes to draw (default: the one with most measurements)")
     chosen = parser.parse_args(argv)
     document = json.loads(chosen.file.read_text(encoding="utf-8"))
-    for path in draw_all(document, chosen.file.parent, chosen.shapes):
+    for path in draw_all(document, chosen.file.parent, chosen.shapes, chosen.file.stem):
         print(f"wrote {path}")
     return 0
 

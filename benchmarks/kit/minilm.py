@@ -122,13 +122,26 @@ def scores(embeddings: Tensor, samples: slice) -> Scores:
     return {"spearman": 100.0 * float(spearmanr(similarity.numpy(), pairs("dev")[2][samples]).statistic)}
 
 
-def example(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Real text cut into [batch, tokens] without padding."""
+def cut(text: list[int], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Tokens cut into [batch, tokens] without padding, each row between [CLS] and [SEP]."""
     batch, tokens = shape
-    text = [token for row in tokenize(pairs("dev")[0]) for token in row[1:-1]]
     inside = torch.tensor(text[: batch * (tokens - 2)]).view(batch, tokens - 2)
     ids = torch.cat([torch.full((batch, 1), 101), inside, torch.full((batch, 1), 102)], dim=1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def example(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Real text of the evaluation split in this shape."""
+    return cut([token for row in tokenize(pairs("dev")[0]) for token in row[1:-1]], shape)
+
+
+def calibration_examples(shape: tuple[int, ...], most: int) -> list[dict[str, Tensor]]:
+    """At most `most` batches of exactly this shape from the training split, for tools that calibrate fixed shapes."""
+    batch, tokens = shape
+    size = batch * (tokens - 2)
+    rows = tokenize(pairs("train")[0][: most * size])  # a sentence has at least one token
+    text = [token for row in rows for token in row[1:-1]]
+    return [cut(text[start : start + size], shape) for start in range(0, len(text) - size + 1, size)][:most]
 
 
 KIT = KitModel(

@@ -193,6 +193,7 @@ def test_copies_and_checkpoints_answer_with_the_same_bits(how: str, tmp_path: Pa
     else:
         nc.save(result, tmp_path / "model")
         again = nc.load(tmp_path / "model", into=Everything())
+        again = nc.load(tmp_path / "model", into=again)
     x = images()
     with torch.no_grad():
         assert torch.equal(again(x), result.model(x))

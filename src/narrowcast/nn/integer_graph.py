@@ -18,7 +18,7 @@ from narrowcast.nn.conv import QuantizedConv
 from narrowcast.nn.flow import Flow, FlowNode, resolve_output
 from narrowcast.nn.network_builder import Network, build_network
 from narrowcast.nn.network_codes import ConflictError
-from narrowcast.nn.regions import Region, find_regions, module_of
+from narrowcast.nn.regions import Region, find_regions, modules_of
 
 
 @dataclass(eq=False)
@@ -66,19 +66,19 @@ class IntegerGraph:
     def __init__(self, flow: Flow, owner: nn.Module) -> None:
         self.flow = flow
         self.left_out: dict[str, str] = {}
-        modules = {node.name: module_of(owner, node) for node in flow.nodes if node.kind == "module"}
-        self._calls = self._build(owner, {n: m for n, m in modules.items() if isinstance(m, QuantizedConv)})
+        modules = modules_of(flow, owner)
+        convolutions = {name: module for name, module in modules.items() if isinstance(module, QuantizedConv)}
+        self._calls = self._build(modules, convolutions)
         members = {name for call in self._calls for name in call.members}
-        targets = {node.name: node.target for node in flow.nodes if node.kind == "module"}
-        self.fused = tuple(targets[name] for name in targets if name in members and modules[name] is not None)
-        self.fused = tuple(path for path in self.fused if isinstance(owner.get_submodule(path), QuantizedConv))
+        targets = {node.name: node.target for node in flow.nodes if node.name in convolutions}
+        self.fused = tuple(path for name, path in targets.items() if name in members)
         self._schedule = _schedule(flow, self._calls, members)
 
-    def _build(self, owner: nn.Module, convolutions: dict[str, QuantizedConv]) -> list[_Call]:
+    def _build(self, modules: dict[str, nn.Module], convolutions: dict[str, QuantizedConv]) -> list[_Call]:
         while True:
             calls, networks = [], []
             try:
-                for region in find_regions(self.flow, owner, frozenset(self.left_out)):
+                for region in find_regions(self.flow, modules, frozenset(self.left_out)):
                     network = build_network(region, convolutions)
                     networks.append(network)
                     calls.append(_Call.of(region, network))
@@ -199,6 +199,7 @@ def fuse_(module: nn.Module, flow: Flow) -> IntegerGraph:
     Returns:
         The graph; without networks in it the module is left as it is.
     """
+    unfuse_(module)
     graph = IntegerGraph(flow, module)
     if graph.fused:
         module.__dict__["_integer_graph"] = graph

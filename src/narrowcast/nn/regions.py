@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from narrowcast.nn.flow import Flow, FlowNode
+from narrowcast.nn.flow import Flow, module_at
 from narrowcast.nn.image_ops import ImageOp, image_op
 
 
@@ -40,24 +40,26 @@ class Region:
         return "conv" in kinds and len(kinds) > 1
 
 
-def module_of(owner: nn.Module, node: FlowNode) -> nn.Module | None:
-    """The module that a node calls; None for another kind of node."""
-    return owner.get_submodule(node.target) if node.kind == "module" else None
+def modules_of(flow: Flow, owner: nn.Module) -> dict[str, nn.Module]:
+    """Name of a node -> the module that it calls, for the nodes that call one."""
+    return {node.name: module_at(owner, node.target) for node in flow.nodes if node.kind == "module"}
 
 
-def image_ops(flow: Flow, owner: nn.Module, excluded: frozenset[str] = frozenset()) -> dict[str, ImageOp]:
-    """The nodes that mean something to a network, without identities around what they pass on.
+def image_ops(
+    flow: Flow, modules: Mapping[str, nn.Module], excluded: frozenset[str] = frozenset()
+) -> dict[str, ImageOp]:
+    """The nodes that mean something to a network.
 
     Args:
-        flow: of `owner`.
-        owner: the module.
+        flow: what the forward does.
+        modules: of `modules_of`.
         excluded: names of nodes that are to run as they stand.
     """
     ops: dict[str, ImageOp] = {}
     for node in flow.nodes:
         if node.name in excluded:
             continue
-        module = module_of(owner, node)
+        module = modules.get(node.name)
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             continue  # somebody wants to see this very call
         op = image_op(node, module)
@@ -80,15 +82,15 @@ def _follows_sum(op: ImageOp, ops: Mapping[str, ImageOp]) -> bool:
     return source in ops and ops[source].kind == "conv"
 
 
-def find_regions(flow: Flow, owner: nn.Module, excluded: frozenset[str] = frozenset()) -> list[Region]:
+def find_regions(flow: Flow, modules: Mapping[str, nn.Module], excluded: frozenset[str] = frozenset()) -> list[Region]:
     """The regions of a flow that are worth a network, in an order in which they can run.
 
     Args:
-        flow: of `owner`.
-        owner: the module, with its quantized convolutions.
+        flow: what the forward does.
+        modules: of `modules_of`, with the quantized convolutions.
         excluded: names of nodes that are to run as they stand.
     """
-    ops = image_ops(flow, owner, excluded)
+    ops = image_ops(flow, modules, excluded)
     level: dict[str, int] = {}
     for node in flow.nodes:
         inside = node.name in ops

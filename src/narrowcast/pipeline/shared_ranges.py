@@ -16,7 +16,7 @@ from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation
 from narrowcast.nn.flow import Flow
 from narrowcast.nn.image_ops import image_op
-from narrowcast.nn.regions import module_of
+from narrowcast.nn.regions import modules_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def _follow(
     origins: dict[str, list[list[Origin]]], path: str, flow: Flow, owner: nn.Module, wanted: frozenset[str]
 ) -> None:
     made: dict[str, list[Origin]] = {}
+    modules = modules_of(flow, owner)
     for node in flow.nodes:
         name = f"{path}:{node.name}"
-        module = module_of(owner, node)
+        module = modules.get(node.name)
         target = f"{path}.{node.target}" if path else node.target
         made[node.name] = [Origin(name, getattr(module, "out_channels", None))]
         if node.kind == "module" and target in wanted:
