@@ -38,18 +38,19 @@ struct Call {
 
 void run_few_rows(const Call& call, const WeightOnlyKernels& kernels) {
   const StoredWeight& weight = call.weight;
-  const int64_t stride = kernels.arranged(weight), columns_per_task = 64;
+  const int parts = call.type == FloatType::bfloat16 ? 1 : 2;
+  const int64_t stride = kernels.arranged(weight, parts), columns_per_task = 64;
   auto* arranged = static_cast<float*>(workspace(Slot::codes, (call.rows * stride + call.depth()) * 4));
   float* widened = arranged + call.rows * stride;
   for (int64_t row = 0; row < call.rows; ++row) {
-    kernels.arrange(weight, call.row_as_float(row, 0, call.depth(), widened), arranged + row * stride);
+    kernels.arrange(weight, call.row_as_float(row, 0, call.depth(), widened), parts, arranged + row * stride);
   }
   const bool parallel = call.columns * call.depth() > 65536;
   for_each_task(divide_up(call.columns, columns_per_task), parallel, [&](int64_t task) {
     const int64_t begin = task * columns_per_task;
     const int64_t end = begin + columns_per_task < call.columns ? begin + columns_per_task : call.columns;
     float sums[kFewRows * 64];
-    kernels.few_rows(weight, arranged, call.rows, begin, end, sums);
+    kernels.few_rows(weight, arranged, parts, call.rows, begin, end, sums);
     for (int64_t row = 0; row < call.rows; ++row) call.finish(row, begin, sums + row * (end - begin), end - begin);
   });
 }
@@ -136,17 +137,22 @@ Tensor linear_weight_only(const Tensor& x, const Tensor& codes, const Tensor& sc
   const Call call{stored.weight(), rows, stored.rows(), input.data(), type, biases.data<float>(), out.mutable_data_ptr()};
   if (rows == 0 || stored.rows() == 0) return out;
   const WeightOnlyKernels& kernels = kWeightOnlyTiers.active();
-  if (rows <= kFewRows && kernels.covers(stored.weight())) {
-    run_few_rows(call, kernels);
-    return out;
-  }
 #if NARROWCAST_X86
-  if (type == FloatType::bfloat16 && active_isa() == Isa::avx512vnni && has_avx512bf16()) {
-    Panels{call, weight_only_avx512bf16, 2}.run();
-    return out;
-  }
+  const bool has_bfloat16 = active_isa() == Isa::avx512vnni && has_avx512bf16();
+  const WeightOnlyKernels& other = has_bfloat16 ? weight_only_avx512bf16 : kernels;
+#else
+  constexpr bool has_bfloat16 = false;
+  const WeightOnlyKernels& other = kernels;
 #endif
-  Panels{call, kernels, 4}.run();
+  if (rows <= kFewRows && other.covers(stored.weight())) {
+    run_few_rows(call, other);
+  } else if (rows <= kFewRows && kernels.covers(stored.weight())) {
+    run_few_rows(call, kernels);
+  } else if (has_bfloat16 && type == FloatType::bfloat16) {
+    Panels{call, other, 2}.run();
+  } else {
+    Panels{call, kernels, 4}.run();
+  }
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "weight_only.h"
+#include "weight_only_words.h"
 
 namespace narrowcast {
 namespace {
@@ -36,6 +37,6 @@ void to_bfloat16_panel(const float* values, int64_t count, int64_t depth, void* 
 
 namespace narrowcast {
 
-const WeightOnlyKernels weight_only_avx512bf16 = {nullptr, nullptr, nullptr, nullptr, dot_panel, to_bfloat16_panel};
+const WeightOnlyKernels weight_only_avx512bf16 = {covers, arranged, arrange, few_rows, dot_panel, to_bfloat16_panel};
 
 }  // namespace narrowcast
