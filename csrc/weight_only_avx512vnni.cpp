@@ -1,4 +1,5 @@
 #include "panel_plain.h"
+#include "panel_sum_avx512.h"
 #include "weight_only_avx512.h"
 
 namespace narrowcast {
@@ -9,7 +10,6 @@ constexpr int kTileRows = 4, kTileColumns = 6, kVectorBytes = 64;
 
 inline Vector panel_load(const char* data) { return _mm512_loadu_ps(data); }
 inline Vector panel_multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline float panel_sum(Vector value) { return _mm512_reduce_add_ps(value); }
 
 }  // namespace
 }  // namespace narrowcast
