@@ -79,7 +79,9 @@ struct Panels {
         std::memcpy(target, static_cast<const uint16_t*>(call.x) + row * call.depth() + begin, bytes);
         std::memset(target + bytes, 0, depth_bytes(index) - bytes);
       } else {
-        kernels.to_panel(call.row_as_float(row, begin, count, buffer), count, depth_bytes(index), target);
+        const float* values = call.row_as_float(row, begin, count, buffer);
+        std::memcpy(target, values, count * 4);
+        std::memset(target + count * 4, 0, depth_bytes(index) - count * 4);
       }
     }
   }
@@ -95,8 +97,14 @@ struct Panels {
     for (int64_t index = 0; index < chunks(); ++index) {
       const int64_t depth = depth_bytes(index);
       for (int64_t column = 0; column < columns; ++column) {
-        expander.expand(call.weight, first_column + column, index * chunk(), length(index), expanded);
-        kernels.to_panel(expanded, length(index), depth, panel + column * kPanelStride);
+        char* target = panel + column * kPanelStride;
+        auto* values = element_bytes == 4 ? reinterpret_cast<float*>(target) : expanded;
+        expander.expand(call.weight, first_column + column, index * chunk(), length(index), values);
+        if (element_bytes == 2) {
+          kernels.to_panel(values, length(index), depth, target);
+        } else {
+          std::memset(target + length(index) * 4, 0, depth - length(index) * 4);
+        }
       }
       for (int64_t column = columns; column < kPanelColumns; ++column) {
         std::memset(panel + column * kPanelStride, 0, depth);  // the register tile reads a few rows further

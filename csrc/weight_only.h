@@ -31,7 +31,7 @@ struct WeightOnlyKernels {
   // up to the next multiple of the register tile are read, and sums are written for them.
   void (*dot_panel)(const void* x, int64_t rows, const void* panel, int64_t columns, int64_t depth, float* sums);
 
-  // One row of a panel from `count` expanded floats, zeros up to `depth` bytes.
+  // One row of a panel from `count` expanded floats, zeros up to `depth` bytes; null where panels hold floats.
   void (*to_panel)(const float* values, int64_t count, int64_t depth, void* panel);
 };
 

@@ -1,4 +1,3 @@
-#include "panel_plain.h"
 #include "panel_sum_avx512.h"
 #include "weight_only_avx512.h"
 
@@ -18,6 +17,6 @@ inline Vector panel_multiply_add(Vector a, Vector b, Vector c) { return _mm512_f
 
 namespace narrowcast {
 
-const WeightOnlyKernels weight_only_avx512vnni = {covers, arranged, arrange, few_rows, dot_panel, to_float_panel};
+const WeightOnlyKernels weight_only_avx512vnni = {covers, arranged, arrange, few_rows, dot_panel, nullptr};
 
 }  // namespace narrowcast
