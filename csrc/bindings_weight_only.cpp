@@ -93,7 +93,7 @@ struct Panels {
     auto* sums = static_cast<float*>(workspace(Slot::panel, sum_bytes + panel_bytes + kPanelBytes * 2));
     char* panel = reinterpret_cast<char*>(sums) + sum_bytes;
     auto* expanded = reinterpret_cast<float*>(panel + panel_bytes);
-    std::memset(sums, 0, sum_bytes);
+    std::memset(sums, 0, rows * kPanelColumns * 4);
     for (int64_t index = 0; index < chunks(); ++index) {
       const int64_t depth = depth_bytes(index);
       for (int64_t column = 0; column < columns; ++column) {
@@ -152,7 +152,9 @@ Tensor linear_weight_only(const Tensor& x, const Tensor& codes, const Tensor& sc
   constexpr bool has_bfloat16 = false;
   const WeightOnlyKernels& other = kernels;
 #endif
-  if (rows <= kFewRows && other.covers(stored.weight())) {
+  // bytes are two lookups and, of float32, two parts: four products, where the float kernel has one
+  const bool in_pairs = bits < 8 || type == FloatType::bfloat16;
+  if (rows <= kFewRows && in_pairs && other.covers(stored.weight())) {
     run_few_rows(call, other);
   } else if (rows <= kFewRows && kernels.covers(stored.weight())) {
     run_few_rows(call, kernels);

@@ -94,7 +94,9 @@ def test_empty_strided_misaligned_and_vector_inputs(every_tier: Tiers) -> None:
         assert OPS.linear_weight_only(torch.empty(0, 96), *tensors, None, bits, group).shape == (0, 10)
         assert OPS.linear_weight_only(torch.empty(2, 0, 96), *tensors, None, bits, group).shape == (2, 0, 10)
     no_depth = (tensors[0][:, :0], tensors[1][:, :0], None, None)
-    assert OPS.linear_weight_only(torch.empty(3, 0), *no_depth, torch.ones(10), bits, group).tolist() == [[1.0] * 10] * 3
+    assert (
+        OPS.linear_weight_only(torch.empty(3, 0), *no_depth, torch.ones(10), bits, group).tolist() == [[1.0] * 10] * 3
+    )
 
 
 @pytest.mark.usefixtures("threads")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from narrowcast.errors import DataError
 from narrowcast.kernels import kernel_name
+from narrowcast.kernels.capability import missing_library
 from narrowcast.nn.base import StoredWeight
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -14,7 +15,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def weight_only_kernel(stored: StoredWeight) -> str | None:
     """What runs a weight on float inputs: the op and tier; None where torch multiplies with the dequantized weight."""
-    return kernel_name("linear_weight_only") if stored.has_kernel() else None
+    return kernel_name("linear_weight_only") if stored.has_kernel() and not missing_library() else None
 
 
 def weight_only_linear(stored: StoredWeight, owner: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -27,13 +28,15 @@ def weight_only_linear(stored: StoredWeight, owner: nn.Module, x: Tensor, bias: 
         bias: [out] float32 or None.
 
     Returns:
-        [..., out]; None where the op does not apply: formats without scales or in blocks, other dtypes and devices,
-        inputs that need a gradient (the op has none).
+        [..., out]; None where torch does it: no native library, formats without scales or in blocks, other dtypes and
+        devices, inputs that need a gradient (the op has none).
 
     Raises:
         DataError: the input has another number of features than the weight.
     """
     if x.device.type != "cpu" or x.dtype not in _FLOATS or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if missing_library():  # torch multiplies bfloat16 as such; the op's reference body widens it first
         return None
     arguments = stored.kernel_arguments(owner)
     if arguments is None:
