@@ -88,23 +88,25 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
              : _mm256_setzero_si256();
   const int64_t depth = problem.blocks * problem.block;
   const __m256i constant = _mm256_set1_epi8(static_cast<char>(problem.zero));
+  BlockCursor cursor = {problem.block, problem.blocks_per_group};
   for (int64_t k = 0; k < depth; k += 32) {
     __m256i tile[8];
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) {
       const uint8_t* row = problem.weight + (column + smaller(c, count - 1)) * problem.row_bytes;
+      if (k / 8 * BITS % 64 < 4 * BITS) _mm_prefetch(row + 16 * problem.row_bytes + k / 8 * BITS, _MM_HINT_T1);
       tile[c] = levels32<BITS, LEVELS>(unpack32<BITS>(row, problem.row_bytes, k), table);
     }
     transpose_dwords8(tile);
 #pragma GCC unroll 8
     for (int quad = 0; quad < 8; ++quad) {
       if (k + 4 * quad >= depth) break;
-      const int64_t group = (k + 4 * quad) / problem.block / problem.blocks_per_group;
       const __m256i zero_point = problem.zero_point != nullptr
-                                     ? _mm256_load_si256(vector_at(panel.zero_points + group * kPanelColumns))
+                                     ? _mm256_load_si256(vector_at(panel.zero_points + cursor.group * kPanelColumns))
                                      : constant;
       _mm256_store_si256(vector_at(panel.weights + (k + 4 * quad) * kPanelColumns),
                          _mm256_sub_epi8(tile[quad], zero_point));
+      cursor.next_codes(4);
     }
   }
 }
@@ -188,7 +190,9 @@ __attribute__((noinline)) void panel_rows(const LowBitLinear& problem, int64_t r
   const int64_t blocks = problem.blocks, block_codes = problem.block;
   const float* code_scales = problem.code_scales + row * blocks;
   for (int r = 0; r < ROWS * 2; ++r) _mm256_store_ps(out + 8 * r, _mm256_setzero_ps());
-  for (int64_t block = 0; block < blocks; ++block) {
+  BlockCursor cursor = {block_codes, problem.blocks_per_group};
+  for (; cursor.block < blocks; cursor.next_block()) {
+    const int64_t block = cursor.block;
     __m256i sums[ROWS][2];
     const __m256i start0 = _mm256_load_si256(vector_at(panel.starts + block * kPanelColumns));
     const __m256i start1 = _mm256_load_si256(vector_at(panel.starts + block * kPanelColumns + 8));
@@ -199,7 +203,7 @@ __attribute__((noinline)) void panel_rows(const LowBitLinear& problem, int64_t r
     }
     block_sums<ROWS, RUN>(problem.codes + row * problem.code_stride + block * block_codes, problem.code_stride,
                           panel.weights + block * block_codes * kPanelColumns, block_codes / 4, sums);
-    const float* scales = panel.scales + block / problem.blocks_per_group * kPanelColumns;
+    const float* scales = panel.scales + cursor.group * kPanelColumns;
 #pragma GCC unroll 3
     for (int r = 0; r < ROWS; ++r) {
       const __m256 code_scale = _mm256_set1_ps(code_scales[r * blocks + block]);
