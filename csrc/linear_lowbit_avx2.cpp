@@ -117,9 +117,13 @@ void start_sums(const LowBitLinear& problem, Panel panel) {
   const int8_t* weights = panel.weights;
   for (int64_t block = 0; block < problem.blocks; ++block) {
     __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int64_t k = 0; k < problem.block; k += 4, weights += 4 * kPanelColumns) {
+    for (int64_t k = 0; k < problem.block; k += 16, weights += 16 * kPanelColumns) {
       for (int c = 0; c < 2; ++c) {
-        const __m256i pairs = _mm256_maddubs_epi16(ones, _mm256_load_si256(vector_at(weights + 32 * c)));
+        __m256i pairs = _mm256_setzero_si256();  // eight weights below 128 fit in int16
+        for (int quad = 0; quad < 4; ++quad) {
+          const __m256i values = _mm256_load_si256(vector_at(weights + quad * 64 + 32 * c));
+          pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(ones, values));
+        }
         sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(pairs, wide_ones));
       }
     }
@@ -149,6 +153,9 @@ inline __m256i broadcast_four(const uint8_t* codes) {
   return _mm256_set1_epi32(four);
 }
 
+// Keeps GCC from turning a chain of additions into a tree, whose leaves it then spills: there are only 16 registers.
+inline void in_register(__m256i* value) { asm("" : "+x"(*value)); }
+
 // Sums of one block of `quads` quads of codes with 16 columns. RUN products are summed in int16; 0 gives the signs of the
 // weights to the activations, which then are signed (128 taken off) and need no starting sum.
 template <int ROWS, int RUN>
@@ -174,6 +181,7 @@ inline void block_sums(const uint8_t* codes, int64_t stride, const int8_t* weigh
         }
         pairs[r][0] = step == 0 ? p0 : _mm256_add_epi16(pairs[r][0], p0);
         pairs[r][1] = step == 0 ? p1 : _mm256_add_epi16(pairs[r][1], p1);
+        in_register(&pairs[r][0]), in_register(&pairs[r][1]);
       }
     }
 #pragma GCC unroll 3
@@ -275,7 +283,7 @@ void lowbit_tile_avx2(const LowBitLinear& problem, Range rows, Range columns, vo
       expand_groups(problem, start, count, half);
       expand(problem, start, count, half);
     }
-    start_sums(problem, panel);
+    if (kernels != kPanelKernels<0>) start_sums(problem, panel);
     for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
       const int64_t count = smaller(kPanelRows, rows.end - row);
       kernels[count - 1](problem, row, panel, totals);
