@@ -4,6 +4,8 @@
 #include "binding.h"
 #include "binding_stored.h"
 #include "float_types.h"
+#include "fused.h"
+#include "linear_task.h"
 #include "weight_only.h"
 
 namespace narrowcast {
@@ -18,13 +20,20 @@ struct Call {
   const void* x;  // [rows, depth] contiguous
   FloatType type;
   const float* bias;
+  Fused fused;
   void* out;
 
   int64_t depth() const { return weight.columns; }
 
   void finish(int64_t row, int64_t column, const float* sums, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) {
-      store_float(out, type, row * columns + column + i, bias != nullptr ? sums[i] + bias[column + i] : sums[i]);
+    typedef float Float4 __attribute__((vector_size(16)));
+    typedef int32_t Int4 __attribute__((vector_size(16)));
+    for (int64_t at = 0; at < count; at += 4) {
+      const int64_t left = count - at < 4 ? count - at : 4;
+      Float4 four{};
+      for (int64_t i = 0; i < left; ++i) four[i] = bias != nullptr ? sums[at + i] + bias[column + at + i] : sums[at + i];
+      four = fuse<Float4, Int4>(fused, four);
+      for (int64_t i = 0; i < left; ++i) store_float(out, type, row * columns + column + at + i, four[i]);
     }
   }
 
@@ -131,9 +140,10 @@ struct Panels {
 
 Tensor linear_weight_only(const Tensor& x, const Tensor& codes, const Tensor& scale,
                           const std::optional<Tensor>& zero_point, const std::optional<Tensor>& levels,
-                          const std::optional<Tensor>& bias, int64_t bits, int64_t group) {
+                          const std::optional<Tensor>& bias, int64_t bits, int64_t group, std::string fused) {
   constexpr const char* op = "linear_weight_only";
   const FloatType type = float_type(x, op, "x");
+  const Fused activation = find_fused(fused, op);
   NARROWCAST_CHECK(x.dim() >= 1 && x.dim() < 16, op, "x has ", x.dim(), " dimensions");
   const int64_t depth = x.size(x.dim() - 1);
   const StoredWeightArguments stored(codes, scale, zero_point, levels, bits, group, depth, op);
@@ -142,7 +152,7 @@ Tensor linear_weight_only(const Tensor& x, const Tensor& codes, const Tensor& sc
   sizes[x.dim() - 1] = stored.rows();
   Tensor out = empty_tensor(sizes, x.dim(), type);
   const Contiguous input(x), biases(bias, stored.rows(), op, "bias");
-  const Call call{stored.weight(), rows, stored.rows(), input.data(), type, biases.data<float>(), out.mutable_data_ptr()};
+  const Call call{stored.weight(), rows, stored.rows(), input.data(), type, biases.data<float>(), activation, out.mutable_data_ptr()};
   if (rows == 0 || stored.rows() == 0) return out;
   const WeightOnlyKernels& kernels = kWeightOnlyTiers.active();
 #if NARROWCAST_X86

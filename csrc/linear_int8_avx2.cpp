@@ -7,10 +7,14 @@
 
 #include <string.h>
 
+#include "fused.h"
 #include "simd_avx2.h"
 
 namespace narrowcast {
 namespace {
+
+typedef float Float8 __attribute__((vector_size(32)));
+typedef int32_t Int8 __attribute__((vector_size(32)));
 
 constexpr int64_t kPanelColumns = 16;
 constexpr int64_t kPanelRows = 6;
@@ -155,12 +159,14 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
       const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(source), correction));
       __m256 value = _mm256_mul_ps(product, _mm256_mul_ps(row_scale, _mm256_loadu_ps(problem.scale + column)));
       if (problem.bias != nullptr) value = _mm256_add_ps(value, _mm256_loadu_ps(problem.bias + column));
+      value = (__m256)fuse<Float8, Int8>(problem.fused, (Float8)value);
       store8(problem.out, problem.out_type, row * problem.out_stride + column, 8, value);
     }
     for (; column < columns.end; ++column) {
       const int32_t sum = sums[r * stride + (column - columns.begin)] - problem.row_offset[row] * problem.offset[column];
       float value = static_cast<float>(sum) * (problem.row_scale[row] * problem.scale[column]);
       if (problem.bias != nullptr) value += problem.bias[column];
+      value = fuse<float, int32_t>(problem.fused, value);
       store_float(problem.out, problem.out_type, row * problem.out_stride + column, value);
     }
   }

@@ -7,11 +7,15 @@
 
 #include <string.h>
 
+#include "fused.h"
 #include "simd_avx512.h"
 #include "transpose_avx512.h"
 
 namespace narrowcast {
 namespace {
+
+typedef float Float16 __attribute__((vector_size(64)));
+typedef int32_t Int16 __attribute__((vector_size(64)));
 
 constexpr int64_t kPanelColumns = 64;
 constexpr int64_t kPanelRows = 6;
@@ -33,6 +37,8 @@ inline __m512i dot_tile(const uint8_t* const* row, const int8_t* const* weight, 
 #pragma GCC unroll 16
     for (int c = 0; c < COLUMNS; ++c) {
       const __m512i values = _mm512_loadu_si512(weight[c] + k);
+      // the columns after these: a row is too short for the processor to fetch the next one by itself
+      _mm_prefetch(weight[c] + k + COLUMNS * depth, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         sums[r * COLUMNS + c] = _mm512_dpbusd_epi32(sums[r * COLUMNS + c], codes[r], values);
@@ -87,6 +93,7 @@ void pack_panel(const Int8Linear& problem, Range columns, int8_t* panel) {
 #pragma GCC unroll 16
       for (int c = 0; c < 16; ++c) {
         tile[c] = c < count ? _mm512_maskz_loadu_epi8(mask, weight + c * problem.depth + k) : _mm512_setzero_si512();
+        _mm_prefetch(weight + (c + 16) * problem.depth + k, _MM_HINT_T1);
       }
       transpose16(tile);
       int8_t* target = panel + k * kPanelColumns + first * 4;
@@ -149,6 +156,7 @@ void finish(const Int8Linear& problem, int64_t first_row, int64_t row_count, Ran
       const __m512 product = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(source), correction));
       __m512 value = _mm512_mul_ps(product, _mm512_mul_ps(_mm512_set1_ps(problem.row_scale[first_row + r]), scale));
       if (problem.bias != nullptr) value = _mm512_add_ps(value, bias);
+      value = (__m512)fuse<Float16, Int16>(problem.fused, (Float16)value);
       store16(problem.out, problem.out_type, (first_row + r) * problem.out_stride + column, mask, value);
     }
   }

@@ -1,5 +1,6 @@
 // int8 linear tile, portable body.
 #include "float_types.h"
+#include "fused.h"
 #include "linear.h"
 
 namespace narrowcast {
@@ -13,6 +14,7 @@ void int8_tile_scalar(const Int8Linear& problem, Range rows, Range columns, void
       for (int64_t k = 0; k < problem.depth; ++k) sum += static_cast<int32_t>(codes[k]) * weight[k];
       float value = static_cast<float>(sum - problem.row_offset[row] * problem.offset[column]) * (problem.row_scale[row] * problem.scale[column]);
       if (problem.bias != nullptr) value += problem.bias[column];
+      value = fuse<float, int32_t>(problem.fused, value);
       store_float(problem.out, problem.out_type, row * problem.out_stride + column, value);
     }
   }

@@ -8,12 +8,11 @@
 namespace narrowcast {
 namespace {
 
-// The 8 * BITS bytes of 64 codes; zeros from `bytes` (what is left of the row) on.
+// Mask of the 8 * BITS bytes of 64 codes, cut where `bytes` (what is left of the row) ends.
 template <int BITS>
-inline __m512i load_packed64(const uint8_t* packed, int64_t bytes) {
+inline __mmask64 packed_mask64(int64_t bytes) {
   constexpr uint64_t kAll = BITS == 8 ? ~0ull : (1ull << (8 * BITS % 64)) - 1;
-  const uint64_t mask = bytes >= 8 * BITS ? kAll : bytes <= 0 ? 0 : (1ull << bytes) - 1;
-  return _mm512_maskz_loadu_epi8(mask, packed);
+  return bytes >= 8 * BITS ? kAll : bytes <= 0 ? 0 : (1ull << bytes) - 1;
 }
 
 // Word i of each lane: the two bytes with codes 2 i and 2 i + 1, shifted down to bit 0.
@@ -34,7 +33,7 @@ inline __m512i pairs_in_words(__m512i packed) {
   return _mm512_srlv_epi16(_mm512_shuffle_epi8(lanes, _mm512_load_si512(bytes)), _mm512_load_si512(shifts));
 }
 
-// 64 unsigned fields, one per byte, from the bytes that load_packed64 gave.
+// 64 unsigned fields, one per byte, from the first 8 * BITS bytes of a vector.
 template <int BITS>
 inline __m512i spread64(__m512i packed) {
   static_assert(BITS >= 2 && BITS <= 8 && BITS != 7);
@@ -61,7 +60,7 @@ inline __m512i spread64(__m512i packed) {
 template <int BITS>
 inline __m512i unpack64(const uint8_t* row, int64_t row_bytes, int64_t first) {
   const int64_t offset = first / 8 * BITS;
-  return spread64<BITS>(load_packed64<BITS>(row + offset, row_bytes - offset));
+  return spread64<BITS>(_mm512_maskz_loadu_epi8(packed_mask64<BITS>(row_bytes - offset), row + offset));
 }
 
 }  // namespace

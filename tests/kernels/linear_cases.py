@@ -47,19 +47,6 @@ def static_arguments(
     return x, weight, scale * step, zero_sum, bias, inverse, zeros
 
 
-def int4_arguments(
-    rows: int, columns: int, depth: int, *, group: int = 32, asymmetric: bool = False, bias: bool = True
-) -> tuple[Tensor | int | None, ...]:
-    """(x, weight, scale, zero_point, bias, group)."""
-    random = generator(rows, columns, depth, group)
-    groups = -(-depth // group)
-    x = torch.randn(rows, depth, generator=random) * torch.logspace(-3, 3, max(rows, 1))[:rows, None]
-    weight = torch.randint(0, 256, (columns, -(-depth // 2)), dtype=torch.uint8, generator=random)
-    scale = (torch.rand(columns, groups, generator=random) + 0.01).half()
-    zero_point = torch.randint(0, 16, (columns, groups), dtype=torch.uint8, generator=random) if asymmetric else None
-    return x, weight, scale, zero_point, torch.randn(columns, generator=random) if bias else None, group
-
-
 def native(name: str, *arguments: object) -> Tensor:
     return getattr(torch.ops.narrowcast, name)(*arguments)
 

@@ -9,6 +9,7 @@ import torch
 from tests.kernels.stored_cases import SPECS, stored_weight
 from torch import Tensor
 
+from narrowcast.kernels.reference_linear import FUSED
 from narrowcast.kernels.reference_weight_only import linear_weight_only
 
 Tiers = Callable[[], Iterator[str]]
@@ -97,6 +98,21 @@ def test_empty_strided_misaligned_and_vector_inputs(every_tier: Tiers) -> None:
     assert (
         OPS.linear_weight_only(torch.empty(3, 0), *no_depth, torch.ones(10), bits, group).tolist() == [[1.0] * 10] * 3
     )
+
+
+@pytest.mark.parametrize("fused", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_an_activation_function_is_applied_behind_the_bias(every_tier: Tiers, fused: str) -> None:
+    (*tensors, bits, group), _ = stored_weight("int4/group32", 10, 128)
+    bias = torch.randn(10)
+    for rows in (2, 11):
+        x = torch.randn(rows, 128)
+        for _ in every_tier():
+            plain = OPS.linear_weight_only(x, *tensors, bias, bits, group)
+            expected = FUSED[fused](plain)
+            got = OPS.linear_weight_only(x, *tensors, bias, bits, group, fused)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="fused 'tanh' is not known"):
+        OPS.linear_weight_only(x, *tensors, bias, bits, group, "tanh")
 
 
 @pytest.mark.usefixtures("threads")

@@ -12,7 +12,8 @@ from tests.nn.oracles import CAST, as_the_kernel_sees, close, noise, record, res
 from torch.nn.functional import linear
 
 from narrowcast.core import QuantSpec
-from narrowcast.errors import DataError
+from narrowcast.errors import DataError, FormatError
+from narrowcast.kernels.reference_linear import FUSED, input_group_of
 from narrowcast.nn import FLOAT, Activation, QuantizedLinear, linear_op
 
 EVERY_FORMAT = (
@@ -26,7 +27,11 @@ EVERY_FORMAT = (
     "nf4/group32", "nf4/group64/scale:int8", "fp4_e2m1/group16", "mxfp4", "mxfp8",
 )  # fmt: skip
 INT8_PER_ROW = ("int8", "int8/tensor", "int6", "int5", "int4", "int3", "int2", "int8/scale:fp16")
-INT4_IN_GROUPS = ("int4/group32", "int4/group32/asym", "int4/group64", "int4/scale:fp16", "int4/asym/scale:fp16")
+LOW_BIT = (
+    "int8/group32", "int6", "int5", "int4", "int4/scale:fp16", "int4/asym/scale:fp16", "int4/group32",
+    "int4/group32/asym", "int4/group64", "int3", "int3/group16/asym", "int2", "uint4/group32", "nf4/group32",
+    "fp4_e2m1/group16",
+)  # fmt: skip
 DYNAMIC = Activation(QuantSpec.parse("int8/token"))
 ASYMMETRIC = Activation(QuantSpec.parse("uint8/token"))
 
@@ -65,21 +70,42 @@ def test_dynamic_inputs_have_a_range_per_token(spec: str, bias: bool, activation
     x = (noise(2, 7, 77) + 0.7) * torch.logspace(-3, 2, 7)[:, None]
     x[0, 3], x[1, 3] = x[0, 3].abs(), 0.0  # a range that begins at zero, and none at all
     module = made(spec, 9, 77, activation, bias=bias)
-    assert module.kernel.startswith("linear_int8_dynamic")
+    name = "linear_int8_dynamic" if activation is ASYMMETRIC or spec.startswith("int8") else "linear_lowbit_dynamic"
+    assert module.kernel.startswith(name)
     expected = linear(as_the_kernel_sees(x, activation, -1).double(), module.weight.double(), None)
     expected = expected if module.bias is None else expected + module.bias.double()
     for token in range(7):
         close(module(x)[:, token], expected.float()[:, token])
 
 
-@pytest.mark.parametrize("spec", INT4_IN_GROUPS)
+@pytest.mark.parametrize("spec", LOW_BIT)
 @pytest.mark.parametrize("columns", [32, 76, 172])
-def test_dynamic_inputs_of_int4_weights_have_a_range_per_group_of_32(spec: str, columns: int) -> None:
+def test_dynamic_inputs_of_low_bit_weights_have_a_range_per_group(spec: str, columns: int) -> None:
     x = noise(5, columns)
     module = made(spec, 9, columns, DYNAMIC)
-    assert module.kernel.startswith("linear_int4_dynamic")
-    seen = as_the_kernel_sees(x, DYNAMIC, -1, group=32).double()
-    close(module(x), linear(seen, module.weight.double(), module.bias.double()).float())
+    assert module.kernel.startswith("linear_lowbit_dynamic")
+    group = input_group_of(module.stored("weight").group, columns)
+    seen = as_the_kernel_sees(x, DYNAMIC, -1, group=group).double()
+    expected = linear(seen, module.weight.double(), module.bias.double()).float()
+    close(module(x), expected, 1e-2 if spec.startswith("nf4") else 1e-5)  # the levels of nf4 are rounded to int8
+
+
+@pytest.mark.parametrize("fused", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("spec", ["int8", "int3/group32/asym", "fp16", "int8/group8"])
+def test_a_fused_activation_function_follows_the_layer_and_is_saved(spec: str, fused: str) -> None:
+    weight, x = noise(9, 64, seed=1), noise(4, 64)
+    for activation in (DYNAMIC, static_activation(x, -1, per_channel=False)):
+        plain = QuantizedLinear(QuantSpec.parse(spec), (9, 64), activation, record=record(weight, spec))
+        module = QuantizedLinear(QuantSpec.parse(spec), (9, 64), activation, record=record(weight, spec), fused=fused)
+        torch.testing.assert_close(module(x), FUSED[fused](plain(x)), atol=1.5e-6, rtol=2e-6)
+        again = restored(module)
+        assert again.fused == fused and torch.equal(again(x), module(x))
+        assert plain.config()["fused"] == "none"
+
+
+def test_an_unknown_fused_function_raises() -> None:
+    with pytest.raises(FormatError, match="fused 'tanh' is not known"):
+        QuantizedLinear(QuantSpec.parse("int8"), (4, 4), fused="tanh")
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -188,7 +214,7 @@ def test_the_integer_op_is_chosen_by_format_and_treatment() -> None:
     for spec in EVERY_FORMAT:
         parsed = QuantSpec.parse(spec)
         dynamic = "linear_int8_dynamic" if spec in INT8_PER_ROW else None
-        dynamic = "linear_int4_dynamic" if spec in INT4_IN_GROUPS else dynamic
+        dynamic = "linear_lowbit_dynamic" if spec in (*LOW_BIT, "nf4/group64") else dynamic
         assert linear_op(parsed, (10, 76), "dynamic") == dynamic, spec
         asymmetric = "linear_int8_dynamic" if spec in (*INT8_PER_ROW, "int4/scale:fp16") else None
         assert linear_op(parsed, (10, 76), "asymmetric") == asymmetric, spec
@@ -216,6 +242,6 @@ def test_inputs_of_the_wrong_width_raise() -> None:
 def test_every_size_works_in_groups_that_do_not_divide_it(rows: int, columns: int, tokens: int, group: int) -> None:
     x = noise(tokens, columns)
     module = made(f"int4/group{group}/asym", rows, columns, DYNAMIC)
-    seen = as_the_kernel_sees(x, DYNAMIC, -1, group=32).double()
+    seen = as_the_kernel_sees(x, DYNAMIC, -1, group=columns if group >= columns else group).double()
     close(module(x), linear(seen, module.weight.double(), module.bias.double()).float())
     close(made(f"int4/group{group}/asym", rows, columns)(x), linear(x, module.weight, module.bias))

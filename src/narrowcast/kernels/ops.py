@@ -11,10 +11,10 @@ import warnings
 import torch
 
 from narrowcast.kernels import (
-    reference,
     reference_conv,
     reference_embedding,
     reference_encode,
+    reference_linear,
     reference_recurrent,
     reference_search,
     reference_weight_only,
@@ -27,7 +27,7 @@ NAMESPACE = "narrowcast"
 OPS: dict[str, Op] = {
     op.name: op
     for room in (
-        reference,
+        reference_linear,
         reference_conv,
         reference_recurrent,
         reference_embedding,
