@@ -13,7 +13,7 @@ from narrowcast.errors import DataError, FormatError
 from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_group_of
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
-from narrowcast.nn.base import QuantizedModule, StoredWeight
+from narrowcast.nn.base import QuantizedModule
 from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
@@ -162,7 +162,8 @@ class QuantizedLinear(QuantizedModule):
                 x, buffers["kernel_codes"], buffers["kernel_scale"], buffers["kernel_zero_sum"], buffers["bias"],
                 buffers["kernel_input_inverse"], buffers["kernel_input_zero"], own["fused"],
             )  # fmt: skip
-        return FUSED[self.fused](self._float_forward(x))
+        y = weight_only_linear(self, x) if self.activation.mode == "float" else None
+        return FUSED[self.fused](self._float_forward(x)) if y is None else y
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self.activation.mode == "cast":
@@ -171,8 +172,6 @@ class QuantizedLinear(QuantizedModule):
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = self.weight_codes if self.weight_codes.dtype == dtype else self.weight.to(dtype)
             return functional.linear(x.to(dtype), weight, bias).to(x.dtype)
-        if (y := weight_only_linear(self.stored("weight"), self, x, self.bias)) is not None:
-            return y
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.weight.to(x.dtype), bias)
 
