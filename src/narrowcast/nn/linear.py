@@ -13,7 +13,7 @@ from narrowcast.errors import DataError, FormatError
 from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_group_of
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
-from narrowcast.nn.base import QuantizedModule, StoredWeight
+from narrowcast.nn.base import QuantizedModule
 from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
