@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_channels_body.h"
+#include "conv_square.h"
 
 namespace narrowcast {
 namespace {
@@ -84,43 +85,17 @@ void depthwise_any(const DepthwiseRow& row) {
   }
 }
 
-// Square kernels of 3 and 5 at stride 1 and 2, all weights in registers where they fit.
 template <int kKernel, int kStride>
 void depthwise_square(const DepthwiseRow& row) {
-  constexpr int kPhases = kStride == 1 ? 4 : 2, kSpan = 2;
-  constexpr auto words_of = [](int phase) { return ((phase * kStride) % 4 + kKernel - 1) / 4 + 1; };
+  constexpr int kPhases = Square<kKernel, kStride>::kPhases;
   for (int c = 0; c < 16; c += kLanes) {
-    Weights weights[kPhases][kKernel][kSpan];
-    Int start[kPhases];
-#pragma GCC unroll 4
-    for (int p = 0; p < kPhases; ++p) {
-      start[p] = zero_int();
-#pragma GCC unroll 5
-      for (int y = 0; y < kKernel; ++y) {
-#pragma GCC unroll 2
-        for (int s = 0; s < kSpan; ++s) {
-          weights[p][y][s] = load_weights(row.weights + 64 * ((p * kKernel + y) * kSpan + s) + 4 * c);
-          if (s < words_of(p)) start[p] = start_sum(start[p], weights[p][y][s]);
-        }
-      }
-    }
+    Square<kKernel, kStride> square;
+    load_square(square, row.weights, c);
     const uint8_t* from = row.words + 4 * c;
     int32_t* to = row.sums + c;
-    for (int64_t x = 0; x < row.width; x += kPhases, from += 64 * (kStride * kPhases / 4), to += 16 * kPhases) {
+    for (int64_t x = 0; x < row.width; x += kPhases, from += square.kAdvance, to += 16 * kPhases) {
       Int total[kPhases];
-#pragma GCC unroll 4
-      for (int p = 0; p < kPhases; ++p) total[p] = start[p];
-#pragma GCC unroll 5
-      for (int y = 0; y < kKernel; ++y) {
-        const Bytes word[2] = {load_bytes(from + y * row.row_stride), load_bytes(from + y * row.row_stride + 64)};
-#pragma GCC unroll 4
-        for (int p = 0; p < kPhases; ++p) {
-#pragma GCC unroll 2
-          for (int s = 0; s < kSpan; ++s) {
-            if (s < words_of(p)) total[p] = dot(total[p], word[s], weights[p][y][s]);
-          }
-        }
-      }
+      square_sums(square, from, row.row_stride, total);
 #pragma GCC unroll 4
       for (int p = 0; p < kPhases; ++p) store_int(to + 16 * p, total[p]);
     }

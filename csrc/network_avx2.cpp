@@ -1,6 +1,6 @@
 #include "conv_vector_avx2.h"
 
-#include "network_body.h"
+#include "network_square_body.h"
 
 namespace narrowcast {
 

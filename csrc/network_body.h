@@ -272,9 +272,5 @@ void dequantize_pixels(const uint8_t* source, int64_t source_step, float* target
   }
 }
 
-constexpr NetworkKernels make_network_kernels() {
-  return {finish, max_codes, max_floats, average, add_pixels, dequantize_pixels};
-}
-
 }  // namespace
 }  // namespace narrowcast

@@ -210,10 +210,14 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
       }
       for (int64_t i = 0; i < count; ++i) {
         row.words = words + i * step.stride[0] * word_bytes;
-        chunk.conv.depthwise_row(row, layout.square, static_cast<int>(step.stride[1]));
         Cursor cursor = start;
         cursor.y += i;
         const PixelRun run = views.run_at(cursor, target.width);
+        const int stride = static_cast<int>(step.stride[1]);
+        if (channels == kLane && chunk.kernels.depthwise_codes(row, layout.square, stride, terms, run.target + c, target.pixel)) {
+          continue;
+        }
+        chunk.conv.depthwise_row(row, layout.square, stride);
         FinishBlock block = views.finish(&run, 1, c);
         block.sums = row.sums, block.sums_stride = kLane, block.channels = channels;
         chunk.kernels.finish(block, terms);

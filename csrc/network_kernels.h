@@ -86,6 +86,10 @@ struct NetworkKernels {
   // y = (float(code) - zero) * scale
   void (*dequantize)(const uint8_t* source, int64_t source_step, float* target, int64_t target_step, int64_t pixels,
                      int64_t channels, const float* scale, const float* zero);
+  // One row of 16 channels (see ConvKernels::depthwise_row) straight to codes `step` bytes apart; false where only sums
+  // and `finish` can do it.
+  bool (*depthwise_codes)(const DepthwiseRow& row, int square, int stride, const FinishTerms& terms, uint8_t* target,
+                          int64_t step);
 };
 
 extern const NetworkKernels network_scalar;

@@ -57,9 +57,10 @@ Span span_of(const NetworkStep& step, int axis, int64_t output, int64_t size) {
   if (step.flags & kGlobal) return {0, size, size};
   const int64_t dilation = step.dilation[axis], before = step.padding[axis], kernel = step.kernel[axis];
   const int64_t start = output * step.stride[axis] - before;
-  const int64_t skipped = start < 0 ? ceil_div(-start, dilation) : 0;
+  const auto taps_in = [&](int64_t pixels) { return dilation == 1 ? pixels : ceil_div(pixels, dilation); };
+  const int64_t skipped = start < 0 ? taps_in(-start) : 0;
   const auto positions = [&](int64_t end) {
-    return std::clamp<int64_t>(ceil_div(std::max<int64_t>(end - start, 0), dilation), 0, kernel);
+    return std::min(taps_in(std::max<int64_t>(end - start, 0)), kernel);
   };
   const int64_t count = std::max<int64_t>(positions(size) - skipped, 0);
   // What the rounding up of the output size adds beyond the padding does not count.

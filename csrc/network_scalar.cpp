@@ -1,6 +1,6 @@
 #include "conv_vector_scalar.h"
 
-#include "network_body.h"
+#include "network_square_body.h"
 
 namespace narrowcast {
 

@@ -19,6 +19,9 @@ def window(kernel: int, stride: int = 1, padding: int | None = None, dilation: i
     return Window((kernel, kernel), (stride, stride), (side,) * 4, (dilation, dilation), flags)
 
 
+POINT = window(1)
+
+
 @dataclass
 class Builder:
     """Appends steps with random constants; every method returns the index of the value it wrote."""
@@ -92,7 +95,7 @@ class Builder:
         return self.step(StepKind.QUANTIZE, self.program.inputs - 1, target, [inverse, zero])
 
     def conv(
-        self, source: int, outputs: int, shape: Window = Window(), groups: int = 1, second: int = -1,
+        self, source: int, outputs: int, shape: Window = POINT, groups: int = 1, second: int = -1,
         activation: Activation = Activation.NONE, coded: bool = True, target: int = -1, floats: int = -1,
     ) -> int:  # fmt: skip
         inputs, taps = self.channels(source) // groups, shape.kernel[0] * shape.kernel[1]

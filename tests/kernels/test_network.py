@@ -223,6 +223,8 @@ def test_a_value_must_be_written_before_it_is_read() -> None:
     b = residual_network(0)
     _, constants, panels, plan = b.arguments()
     steps = b.program.steps
-    for steps[1], steps[2], message in ((steps[2], steps[1], "before it is written"), (steps[1], steps[1], "again")):
+    first, second = steps[1:3]
+    for pair, message in (([second, first], "before it is written"), ([first, first], "again")):
+        steps[1:3] = pair
         with pytest.raises(RuntimeError, match=message):
             OP([image(1)], b.program.encode(), constants, panels, plan)

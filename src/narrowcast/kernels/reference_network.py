@@ -6,6 +6,7 @@ float32 operation in the order that `StepKind` gives.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -164,15 +165,14 @@ class _Interpreter:
         x, rows, window = self.read(step.source), self.rows(step), step.window
         coded, excluded = self.coded(step.source), bool(window.flags & EXCLUDE_PADDING)
         ones = torch.ones(1, 1, *x.shape[2:])
-        count = sum(_window_taps(ones, window, 0.0 if excluded else 1.0, 0.0))
+        count = _added(_window_taps(ones, window, 0.0 if excluded else 1.0, 0.0))
         if coded and not excluded and any(window.padding) and not window.flags & GLOBAL:
             zero = self.zero(step.source)
-            total = sum(_window_taps((x - zero).double(), window, 0.0, 0.0)) + zero * count
+            total = _added(_window_taps((x - zero).double(), window, 0.0, 0.0)) + zero * count
         elif coded:
-            total = sum(_window_taps(x.double(), window, 0.0, 0.0))
+            total = _added(_window_taps(x.double(), window, 0.0, 0.0))
         else:
-            total = sum(_window_taps(x, window, 0.0, 0.0))
-        assert isinstance(total, Tensor) and isinstance(count, Tensor)
+            total = _added(_window_taps(x, window, 0.0, 0.0))
         multiplier, offset = next(rows), next(rows)
         y = total.float() * (torch.ones_like(count) / count) * multiplier + offset
         return self.finish(step, y, next(rows), next(rows), rows)
@@ -198,6 +198,11 @@ def _activate(activation: Activation, y: Tensor) -> Tensor:
         case Activation.RELU6:
             return y.clamp(0, 6)
     return y
+
+
+def _added(taps: Iterator[Tensor]) -> Tensor:
+    """Their sum, one after the other."""
+    return functools.reduce(torch.add, taps)
 
 
 def packed_bytes(outputs: int, inputs: int, taps: int, groups: int) -> int:
