@@ -4,6 +4,8 @@
 #include "binding.h"
 #include "binding_stored.h"
 #include "float_types.h"
+#include "fused.h"
+#include "linear_task.h"
 #include "weight_only.h"
 
 namespace narrowcast {
@@ -18,13 +20,20 @@ struct Call {
   const void* x;  // [rows, depth] contiguous
   FloatType type;
   const float* bias;
+  Fused fused;
   void* out;
 
   int64_t depth() const { return weight.columns; }
 
   void finish(int64_t row, int64_t column, const float* sums, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) {
-      store_float(out, type, row * columns + column + i, bias != nullptr ? sums[i] + bias[column + i] : sums[i]);
+    typedef float Float4 __attribute__((vector_size(16)));
+    typedef int32_t Int4 __attribute__((vector_size(16)));
+    for (int64_t at = 0; at < count; at += 4) {
+      const int64_t left = count - at < 4 ? count - at : 4;
+      Float4 four{};
+      for (int64_t i = 0; i < left; ++i) four[i] = bias != nullptr ? sums[at + i] + bias[column + at + i] : sums[at + i];
+      four = fuse<Float4, Int4>(fused, four);
+      for (int64_t i = 0; i < left; ++i) store_float(out, type, row * columns + column + at + i, four[i]);
     }
   }
 
@@ -38,18 +47,19 @@ struct Call {
 
 void run_few_rows(const Call& call, const WeightOnlyKernels& kernels) {
   const StoredWeight& weight = call.weight;
-  const int64_t stride = kernels.arranged(weight), columns_per_task = 64;
+  const int parts = call.type == FloatType::bfloat16 ? 1 : 2;
+  const int64_t stride = kernels.arranged(weight, parts), columns_per_task = 64;
   auto* arranged = static_cast<float*>(workspace(Slot::codes, (call.rows * stride + call.depth()) * 4));
   float* widened = arranged + call.rows * stride;
   for (int64_t row = 0; row < call.rows; ++row) {
-    kernels.arrange(weight, call.row_as_float(row, 0, call.depth(), widened), arranged + row * stride);
+    kernels.arrange(weight, call.row_as_float(row, 0, call.depth(), widened), parts, arranged + row * stride);
   }
   const bool parallel = call.columns * call.depth() > 65536;
   for_each_task(divide_up(call.columns, columns_per_task), parallel, [&](int64_t task) {
     const int64_t begin = task * columns_per_task;
     const int64_t end = begin + columns_per_task < call.columns ? begin + columns_per_task : call.columns;
     float sums[kFewRows * 64];
-    kernels.few_rows(weight, arranged, call.rows, begin, end, sums);
+    kernels.few_rows(weight, arranged, parts, call.rows, begin, end, sums);
     for (int64_t row = 0; row < call.rows; ++row) call.finish(row, begin, sums + row * (end - begin), end - begin);
   });
 }
@@ -78,7 +88,9 @@ struct Panels {
         std::memcpy(target, static_cast<const uint16_t*>(call.x) + row * call.depth() + begin, bytes);
         std::memset(target + bytes, 0, depth_bytes(index) - bytes);
       } else {
-        kernels.to_panel(call.row_as_float(row, begin, count, buffer), count, depth_bytes(index), target);
+        const float* values = call.row_as_float(row, begin, count, buffer);
+        std::memcpy(target, values, count * 4);
+        std::memset(target + count * 4, 0, depth_bytes(index) - count * 4);
       }
     }
   }
@@ -90,12 +102,18 @@ struct Panels {
     auto* sums = static_cast<float*>(workspace(Slot::panel, sum_bytes + panel_bytes + kPanelBytes * 2));
     char* panel = reinterpret_cast<char*>(sums) + sum_bytes;
     auto* expanded = reinterpret_cast<float*>(panel + panel_bytes);
-    std::memset(sums, 0, sum_bytes);
+    std::memset(sums, 0, rows * kPanelColumns * 4);
     for (int64_t index = 0; index < chunks(); ++index) {
       const int64_t depth = depth_bytes(index);
       for (int64_t column = 0; column < columns; ++column) {
-        expander.expand(call.weight, first_column + column, index * chunk(), length(index), expanded);
-        kernels.to_panel(expanded, length(index), depth, panel + column * kPanelStride);
+        char* target = panel + column * kPanelStride;
+        auto* values = element_bytes == 4 ? reinterpret_cast<float*>(target) : expanded;
+        expander.expand(call.weight, first_column + column, index * chunk(), length(index), values);
+        if (element_bytes == 2) {
+          kernels.to_panel(values, length(index), depth, target);
+        } else {
+          std::memset(target + length(index) * 4, 0, depth - length(index) * 4);
+        }
       }
       for (int64_t column = columns; column < kPanelColumns; ++column) {
         std::memset(panel + column * kPanelStride, 0, depth);  // the register tile reads a few rows further
@@ -122,9 +140,10 @@ struct Panels {
 
 Tensor linear_weight_only(const Tensor& x, const Tensor& codes, const Tensor& scale,
                           const std::optional<Tensor>& zero_point, const std::optional<Tensor>& levels,
-                          const std::optional<Tensor>& bias, int64_t bits, int64_t group) {
+                          const std::optional<Tensor>& bias, int64_t bits, int64_t group, std::string fused) {
   constexpr const char* op = "linear_weight_only";
   const FloatType type = float_type(x, op, "x");
+  const Fused activation = find_fused(fused, op);
   NARROWCAST_CHECK(x.dim() >= 1 && x.dim() < 16, op, "x has ", x.dim(), " dimensions");
   const int64_t depth = x.size(x.dim() - 1);
   const StoredWeightArguments stored(codes, scale, zero_point, levels, bits, group, depth, op);
@@ -133,20 +152,27 @@ Tensor linear_weight_only(const Tensor& x, const Tensor& codes, const Tensor& sc
   sizes[x.dim() - 1] = stored.rows();
   Tensor out = empty_tensor(sizes, x.dim(), type);
   const Contiguous input(x), biases(bias, stored.rows(), op, "bias");
-  const Call call{stored.weight(), rows, stored.rows(), input.data(), type, biases.data<float>(), out.mutable_data_ptr()};
+  const Call call{stored.weight(), rows, stored.rows(), input.data(), type, biases.data<float>(), activation, out.mutable_data_ptr()};
   if (rows == 0 || stored.rows() == 0) return out;
   const WeightOnlyKernels& kernels = kWeightOnlyTiers.active();
-  if (rows <= kFewRows && kernels.covers(stored.weight())) {
-    run_few_rows(call, kernels);
-    return out;
-  }
 #if NARROWCAST_X86
-  if (type == FloatType::bfloat16 && active_isa() == Isa::avx512vnni && has_avx512bf16()) {
-    Panels{call, weight_only_avx512bf16, 2}.run();
-    return out;
-  }
+  const bool has_bfloat16 = active_isa() == Isa::avx512vnni && has_avx512bf16();
+  const WeightOnlyKernels& other = has_bfloat16 ? weight_only_avx512bf16 : kernels;
+#else
+  constexpr bool has_bfloat16 = false;
+  const WeightOnlyKernels& other = kernels;
 #endif
-  Panels{call, kernels, 4}.run();
+  // bytes are two lookups and, of float32, two parts: four products, where the float kernel has one
+  const bool in_pairs = bits < 8 || type == FloatType::bfloat16;
+  if (rows <= kFewRows && in_pairs && other.covers(stored.weight())) {
+    run_few_rows(call, other);
+  } else if (rows <= kFewRows && kernels.covers(stored.weight())) {
+    run_few_rows(call, kernels);
+  } else if (has_bfloat16 && type == FloatType::bfloat16) {
+    Panels{call, other, 2}.run();
+  } else {
+    Panels{call, kernels, 4}.run();
+  }
   return out;
 }
 

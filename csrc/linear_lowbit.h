@@ -34,6 +34,28 @@ struct LowBitLinear {
   FloatType out_type;
 };
 
+// Walks through a row of weights: which block and group comes next. Counting, since a division costs as much as expanding
+// 16 columns.
+struct BlockCursor {
+  int64_t block_codes, group_blocks;
+  int64_t codes_left = block_codes, blocks_left = group_blocks;
+  int64_t block = 0, group = 0;
+
+  void next_block() {
+    ++block;
+    if (--blocks_left > 0) return;
+    ++group;
+    blocks_left = group_blocks;
+  }
+  // `codes` divides every block: 4 or 16.
+  void next_codes(int64_t codes) {
+    codes_left -= codes;
+    if (codes_left > 0) return;
+    codes_left = block_codes;
+    next_block();
+  }
+};
+
 struct LowBitKernels {
   // Brings the codes of one row into the order that `tile` wants; null where that is the order they have.
   void (*order_row)(const LowBitLinear& problem, uint8_t* codes);

@@ -28,6 +28,7 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
   for (int64_t block = 0; block < problem.blocks; ++block) {
     _mm512_store_si512(panel.starts + block * kPanelColumns, _mm512_setzero_si512());
   }
+  BlockCursor cursor = {problem.block, problem.blocks_per_group};
   for (int64_t k = 0; k < depth; k += 64) {
     const int64_t offset = k / 8 * BITS;
     const __mmask64 mask = packed_mask64<BITS>(problem.row_bytes - offset);
@@ -42,10 +43,9 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {  // 16 codes each: never in two blocks
       if (k + 16 * part >= depth) break;
-      const int64_t block = (k + 16 * part) / problem.block;
       const __m512i zero_point =
           problem.zero_point != nullptr
-              ? _mm512_load_si512(panel.groups.zero_points + block / problem.blocks_per_group * kPanelColumns)
+              ? _mm512_load_si512(panel.groups.zero_points + cursor.group * kPanelColumns)
               : constant;
       __m512i sum = _mm512_setzero_si512();
       int8_t* target = panel.weights + (k + 16 * part) * kPanelColumns;
@@ -55,8 +55,9 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
         sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), values);
         _mm512_store_si512(target + quad * 4 * kPanelColumns, values);
       }
-      int32_t* start = panel.starts + block * kPanelColumns;
+      int32_t* start = panel.starts + cursor.block * kPanelColumns;
       _mm512_store_si512(start, _mm512_sub_epi32(_mm512_load_si512(start), sum));
+      cursor.next_codes(16);
     }
   }
 }
@@ -72,6 +73,7 @@ __attribute__((noinline)) void expand_nibbles(const LowBitLinear& problem, int64
   for (int64_t block = 0; block < problem.blocks; ++block) {
     _mm512_store_si512(panel.starts + block * kPanelColumns, _mm512_setzero_si512());
   }
+  BlockCursor cursor = {problem.block, problem.blocks_per_group};
   for (int64_t k = 0; k < depth; k += 128) {
     const __mmask64 mask = lanes64(problem.row_bytes - k / 2);
     __m512i tile[16];
@@ -85,10 +87,9 @@ __attribute__((noinline)) void expand_nibbles(const LowBitLinear& problem, int64
 #pragma GCC unroll 8
     for (int part = 0; part < 8; ++part) {  // 16 codes each: never in two blocks
       if (k + 16 * part >= depth) break;
-      const int64_t block = (k + 16 * part) / problem.block;
       const __m512i zero_point =
           problem.zero_point != nullptr
-              ? _mm512_load_si512(panel.groups.zero_points + block / problem.blocks_per_group * kPanelColumns)
+              ? _mm512_load_si512(panel.groups.zero_points + cursor.group * kPanelColumns)
               : constant;
       __m512i sum = _mm512_setzero_si512();
       int8_t* target = panel.weights + (k + 16 * part) * kPanelColumns;
@@ -101,8 +102,9 @@ __attribute__((noinline)) void expand_nibbles(const LowBitLinear& problem, int64
         sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), values);
         _mm512_store_si512(target + quad * 4 * kPanelColumns, values);
       }
-      int32_t* start = panel.starts + block * kPanelColumns;
+      int32_t* start = panel.starts + cursor.block * kPanelColumns;
       _mm512_store_si512(start, _mm512_sub_epi32(_mm512_load_si512(start), sum));
+      cursor.next_codes(16);
     }
   }
 }

@@ -20,8 +20,9 @@ struct Row {
 inline bool by_nibbles(const LowBitLinear& problem) { return problem.bits == 4 && problem.block >= 32; }
 
 // The float term of one block of 16 columns.
-inline __m512 block_term(const LowBitLinear& problem, __m512i sum, Groups groups, int64_t block, const Row& row) {
-  const int64_t group = block / problem.blocks_per_group * 16;
+inline __m512 block_term(const LowBitLinear& problem, __m512i sum, Groups groups, const BlockCursor& cursor,
+                         const Row& row) {
+  const int64_t group = cursor.group * 16, block = cursor.block;
   __m512i correction = _mm512_set1_epi32(row.code_sums[block]);
   if (problem.zero_point != nullptr) {
     const __m512i zero_point = _mm512_srli_epi32(_mm512_load_si512(groups.zero_points + group), 24);
@@ -34,17 +35,16 @@ inline __m512 block_term(const LowBitLinear& problem, __m512i sum, Groups groups
                        _mm512_set1_ps(row.code_scales[block]));
 }
 
-// Adds the terms of the blocks of `span` codes from lanes that hold a quarter of the span each.
-inline __m512 add_blocks(const LowBitLinear& problem, const __m512i* sums, int64_t span, Groups groups, int64_t* block,
-                         const Row& row, __m512 total) {
+// Adds the terms of `count` (1, 2 or 4) blocks from lanes that hold a quarter of their codes each.
+inline __m512 add_blocks(const LowBitLinear& problem, const __m512i* sums, int64_t count, Groups groups,
+                         BlockCursor* cursor, const Row& row, __m512 total) {
   __m512i quads[4], lanes[4];
   sum_quads(sums, quads);
   transpose_lanes(quads, lanes);
-  const int64_t count = span / problem.block;
   if (count <= 2) lanes[0] = _mm512_add_epi32(lanes[0], lanes[1]), lanes[1] = _mm512_add_epi32(lanes[2], lanes[3]);
-  if (count <= 1) lanes[0] = _mm512_add_epi32(lanes[0], lanes[1]);
-  for (int64_t part = 0; part < (count > 0 ? count : 1) && *block < problem.blocks; ++part, ++*block) {
-    total = _mm512_add_ps(total, block_term(problem, lanes[part], groups, *block, row));
+  if (count == 1) lanes[0] = _mm512_add_epi32(lanes[0], lanes[1]);
+  for (int64_t part = 0; part < count && cursor->block < problem.blocks; ++part, cursor->next_block()) {
+    total = _mm512_add_ps(total, block_term(problem, lanes[part], groups, *cursor, row));
   }
   return total;
 }
@@ -63,8 +63,10 @@ __attribute__((noinline)) __m512 dot_columns(const LowBitLinear& problem, const 
   constexpr int64_t kSpan = NIBBLES ? 128 : 64, kBytes = kSpan / 8 * BITS;
   const __m512i table = level_table(problem);
   const int64_t depth = problem.blocks * problem.block, ahead = 16 * problem.row_bytes;
+  const int64_t count = problem.block < kSpan ? kSpan / problem.block : 1;
+  BlockCursor cursor = {problem.block, problem.blocks_per_group};
   __m512 total = _mm512_setzero_ps();
-  for (int64_t k = 0, block = 0; k < depth;) {
+  for (int64_t k = 0; k < depth;) {
     __m512i sums[16];
 #pragma GCC unroll 16
     for (int c = 0; c < 16; ++c) sums[c] = _mm512_setzero_si512();
@@ -88,7 +90,7 @@ __attribute__((noinline)) __m512 dot_columns(const LowBitLinear& problem, const 
         }
       }
     }
-    total = add_blocks(problem, sums, kSpan, groups, &block, row, total);
+    total = add_blocks(problem, sums, count, groups, &cursor, row, total);
   }
   return total;
 }

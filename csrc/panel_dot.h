@@ -1,6 +1,6 @@
 // Dot products of input rows and panel rows, tiled in registers. Included after a file has defined its vector:
-// Vector, kPanelLanes (elements per vector of 64 or fewer bytes), kTileRows, kTileColumns, panel_load, panel_multiply_add
-// and panel_sum.
+// Vector, kPanelLanes (elements per vector of 64 or fewer bytes), kTileRows, kTileColumns, panel_load, panel_multiply_add,
+// panel_sum and, where a tile has four rows, panel_sum4.
 #pragma once
 
 #include <string.h>
@@ -31,10 +31,15 @@ __attribute__((noinline)) void panel_tile(const char* x, const char* panel, int6
     }
   }
 #pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
+  for (int column = 0; column < kTileColumns; ++column) {
+    if constexpr (kRows == 4) {  // four sums at once take half the shuffles
+      float four[4];
+      panel_sum4(total[0][column], total[1][column], total[2][column], total[3][column], four);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) sums[row * kPanelColumns + column] += four[row];
+    } else {
 #pragma GCC unroll 8
-    for (int column = 0; column < kTileColumns; ++column) {
-      sums[row * kPanelColumns + column] += panel_sum(total[row][column]);
+      for (int row = 0; row < kRows; ++row) sums[row * kPanelColumns + column] += panel_sum(total[row][column]);
     }
   }
 }

@@ -25,7 +25,7 @@ struct StoredWeight {
 };
 
 struct ExpandKernels {
-  // out[i] = value[row, begin + i] for 0 <= i < count, bit for bit the reference; begin is a multiple of 8.
+  // out[i] = value[row, begin + i] for 0 <= i < count, bit for bit the reference; begin is a multiple of 64.
   void (*expand)(const StoredWeight& weight, int64_t row, int64_t begin, int64_t count, float* out);
 };
 

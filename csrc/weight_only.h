@@ -17,19 +17,21 @@ struct WeightOnlyKernels {
   bool (*covers)(const StoredWeight& weight);
 
   // Floats that `arrange` writes for one row of the input.
-  int64_t (*arranged)(const StoredWeight& weight);
+  int64_t (*arranged)(const StoredWeight& weight, int parts);
 
-  // One input row in the order in which `few_rows` meets the codes.
-  void (*arrange)(const StoredWeight& weight, const float* x, float* out);
+  // One input row in the order in which `few_rows` meets the codes. `parts` is how many bfloat16 numbers add up to an
+  // input, 1 or 2, where the kernel multiplies those.
+  void (*arrange)(const StoredWeight& weight, const float* x, int parts, float* out);
 
-  // sums[m * columns + n] for `rows` input rows and the weight's rows begin .. end - 1; x holds the arranged rows.
-  void (*few_rows)(const StoredWeight& weight, const float* x, int64_t rows, int64_t begin, int64_t end, float* sums);
+  // sums[m * (end - begin) + n] for `rows` input rows and the weight's rows begin .. end - 1; x holds the arranged rows.
+  void (*few_rows)(const StoredWeight& weight, const float* x, int parts, int64_t rows, int64_t begin, int64_t end,
+                   float* sums);
 
   // sums[m * kPanelColumns + n] += x row m . panel row n over `depth` bytes of elements, a multiple of 64; panel rows
   // up to the next multiple of the register tile are read, and sums are written for them.
   void (*dot_panel)(const void* x, int64_t rows, const void* panel, int64_t columns, int64_t depth, float* sums);
 
-  // One row of a panel from `count` expanded floats, zeros up to `depth` bytes.
+  // One row of a panel from `count` expanded floats, zeros up to `depth` bytes; null where panels hold floats.
   void (*to_panel)(const float* values, int64_t count, int64_t depth, void* panel);
 };
 

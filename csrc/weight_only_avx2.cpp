@@ -1,6 +1,6 @@
 #include <immintrin.h>
 
-#include "panel_plain.h"
+#include "weight_only.h"
 
 namespace narrowcast {
 namespace {
@@ -26,6 +26,6 @@ bool covers_nothing(const StoredWeight&) { return false; }
 
 namespace narrowcast {
 
-const WeightOnlyKernels weight_only_avx2 = {covers_nothing, nullptr, nullptr, nullptr, dot_panel, to_float_panel};
+const WeightOnlyKernels weight_only_avx2 = {covers_nothing, nullptr, nullptr, nullptr, dot_panel, nullptr};
 
 }  // namespace narrowcast

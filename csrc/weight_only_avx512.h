@@ -8,95 +8,36 @@
 #include <immintrin.h>
 
 #include "unpack_avx512.h"
-#include "weight_only.h"
+#include "weight_only_lanes.h"
 
 namespace narrowcast {
 namespace {
 
-constexpr int fields_of(int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 4; }
-
-bool covers(const StoredWeight& weight) {
-  const int64_t fields = fields_of(weight.bits), lanes = weight.group / fields;
-  if (weight.levels != nullptr && weight.bits > 4) return false;
-  if (weight.columns < 16 * fields) return false;
-  if (weight.group >= weight.columns) return true;
-  return weight.group % fields == 0 && (lanes % 16 == 0 || 16 % lanes == 0);
-}
+bool covers(const StoredWeight& weight) { return covers_lanes(weight) && (weight.levels == nullptr || weight.bits <= 4); }
 
 // Arranged blocks, then their sums per lane, then the columns behind the last whole block.
-int64_t arranged(const StoredWeight& weight) {
+int64_t arranged(const StoredWeight& weight, int) {
   const int64_t block = 16 * fields_of(weight.bits), blocks = weight.columns / block;
   return blocks * (block + 16) + block;
 }
 
-void arrange(const StoredWeight& weight, const float* x, float* out) {
+void arrange(const StoredWeight& weight, const float* x, int, float* out) {
   const int64_t fields = fields_of(weight.bits), block = 16 * fields, blocks = weight.columns / block;
   float* sums = out + blocks * block;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(fields)));
   for (int64_t at = 0; at < blocks; ++at) {
-    for (int64_t lane = 0; lane < 16; ++lane) {
-      float sum = 0.0f;
-      for (int64_t field = 0; field < fields; ++field) {
-        const float value = x[at * block + lane * fields + field];
-        out[at * block + field * 16 + lane] = value;
-        sum += value;
-      }
-      sums[at * 16 + lane] = sum;
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t field = 0; field < fields; ++field) {
+      const __m512 values = _mm512_i32gather_ps(index, x + at * block + field, 4);
+      _mm512_storeu_ps(out + at * block + field * 16, values);
+      sum = _mm512_add_ps(sum, values);
     }
+    _mm512_storeu_ps(sums + at * 16, sum);
   }
   float* rest = sums + blocks * 16;
   for (int64_t column = blocks * block; column < weight.columns; ++column) *rest++ = x[column];
 }
-
-// The scales or zero points of the lanes of a block.
-struct LaneScales {
-  __m512i spread;       // lane -> which of the block's scales
-  __mmask16 mask;       // how many scales a block has
-  int64_t per_block;    // the same number; 0 where a scale covers one block or more
-  int64_t per_scale;    // then: blocks that a scale covers
-
-  LaneScales(const StoredWeight& weight, int64_t block, int64_t fields) {
-    const int64_t lanes = weight.group / fields;
-    per_block = weight.group < block ? 16 / lanes : 0;
-    per_scale = weight.group >= weight.columns ? INT64_MAX : per_block != 0 ? 1 : weight.group / block;
-    mask = static_cast<__mmask16>((1u << per_block) - 1);
-    alignas(64) int32_t index[16];
-    for (int lane = 0; lane < 16; ++lane) index[lane] = per_block != 0 ? lane / static_cast<int>(lanes) : 0;
-    spread = _mm512_load_si512(index);
-  }
-
-  __m512 scales(const StoredWeight& weight, int64_t first, int64_t block) const {
-    if (per_block == 0) {
-      const int64_t at = first + (per_scale == INT64_MAX ? 0 : block / per_scale);
-      return _mm512_set1_ps(load_scale(weight.scale, weight.scale_type, at));
-    }
-    const int64_t at = first + block * per_block;
-    __m512 values;
-    if (weight.scale_type == ScaleType::float16) {
-      values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(weight.scale) + at));
-    } else if (weight.scale_type == ScaleType::float32) {
-      values = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(weight.scale) + at);
-    } else {
-      const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(weight.scale) + at);
-      const __m512i exponents = _mm512_cvtepu8_epi32(bytes);
-      const __mmask16 lowest = _mm512_cmpeq_epi32_mask(exponents, _mm512_setzero_si512());
-      const __m512i bits = _mm512_mask_mov_epi32(_mm512_slli_epi32(exponents, 23), lowest, _mm512_set1_epi32(0x400000));
-      values = _mm512_castsi512_ps(bits);
-    }
-    return _mm512_permutexvar_ps(spread, values);
-  }
-
-  // Zero points less the middle of the codes.
-  __m512 zeros(const StoredWeight& weight, int64_t first, int64_t block) const {
-    const int middle = 1 << (weight.bits - 1);
-    if (per_block == 0) {
-      const int64_t at = first + (per_scale == INT64_MAX ? 0 : block / per_scale);
-      return _mm512_set1_ps(static_cast<float>(weight.zero_point[at] - middle));
-    }
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, weight.zero_point + first + block * per_block);
-    const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(middle));
-    return _mm512_permutexvar_ps(spread, _mm512_cvtepi32_ps(centred));
-  }
-};
 
 // 16 lanes that hold the fields of one block, ready for `field_values`.
 template <int kBits>
@@ -137,23 +78,11 @@ inline __m512 level_table(const StoredWeight& weight) {
   return _mm512_load_ps(table);
 }
 
-// The columns behind the last whole block, expanded one row at a time.
-inline void add_rest(const StoredWeight& weight, int64_t column, int64_t begin, const float* x, int64_t stride,
-                     int64_t rows, float* sums) {
-  float values[256];
-  expand_avx512vnni.expand(weight, column, begin, weight.columns - begin, values);
-  for (int64_t row = 0; row < rows; ++row) {
-    float sum = 0.0f;
-    for (int64_t at = 0; at < weight.columns - begin; ++at) sum += values[at] * x[row * stride + at];
-    sums[row] += sum;
-  }
-}
-
 template <int kBits, int kRows>
 void rows_of_columns(const StoredWeight& weight, const float* x, int64_t begin, int64_t end, float* sums,
                      int64_t sums_stride) {
   constexpr int64_t fields = fields_of(kBits), block_size = 16 * fields;
-  const int64_t blocks = weight.columns / block_size, stride = arranged(weight);
+  const int64_t blocks = weight.columns / block_size, stride = arranged(weight, 1);
   const LaneScales lanes(weight, block_size, fields);
   const __m512 table = level_table(weight);
   const __m512i flip = _mm512_set1_epi8(weight.is_signed ? 0 : static_cast<char>(0x80));
@@ -193,7 +122,7 @@ void rows_of_columns(const StoredWeight& weight, const float* x, int64_t begin, 
 
 template <int kBits>
 void few_rows_of(const StoredWeight& weight, const float* x, int64_t rows, int64_t begin, int64_t end, float* sums) {
-  const int64_t stride = arranged(weight), count = end - begin;
+  const int64_t stride = arranged(weight, 1), count = end - begin;
   // a few weight rows at a time stay in the first-level cache for all input rows
   for (int64_t column = begin; column < end; column += 4) {
     const int64_t last = column + 4 < end ? column + 4 : end;
@@ -211,7 +140,7 @@ void few_rows_of(const StoredWeight& weight, const float* x, int64_t rows, int64
   }
 }
 
-void few_rows(const StoredWeight& weight, const float* x, int64_t rows, int64_t begin, int64_t end, float* sums) {
+void few_rows(const StoredWeight& weight, const float* x, int, int64_t rows, int64_t begin, int64_t end, float* sums) {
   switch (weight.bits) {
     case 2: return few_rows_of<2>(weight, x, rows, begin, end, sums);
     case 3: return few_rows_of<3>(weight, x, rows, begin, end, sums);

@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include "weight_only.h"
+#include "panel_sum_avx512.h"
+#include "weight_only_words.h"
 
 namespace narrowcast {
 namespace {
@@ -17,7 +19,6 @@ inline Vector panel_multiply_add(Vector a, Vector b, Vector c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-inline float panel_sum(Vector value) { return _mm512_reduce_add_ps(value); }
 
 void to_bfloat16_panel(const float* values, int64_t count, int64_t depth, void* panel) {
   auto* target = static_cast<char*>(panel);
@@ -36,6 +37,6 @@ void to_bfloat16_panel(const float* values, int64_t count, int64_t depth, void* 
 
 namespace narrowcast {
 
-const WeightOnlyKernels weight_only_avx512bf16 = {nullptr, nullptr, nullptr, nullptr, dot_panel, to_bfloat16_panel};
+const WeightOnlyKernels weight_only_avx512bf16 = {covers, arranged, arrange, few_rows, dot_panel, to_bfloat16_panel};
 
 }  // namespace narrowcast

@@ -1,4 +1,4 @@
-#include "panel_plain.h"
+#include "panel_sum_avx512.h"
 #include "weight_only_avx512.h"
 
 namespace narrowcast {
@@ -9,7 +9,6 @@ constexpr int kTileRows = 4, kTileColumns = 6, kVectorBytes = 64;
 
 inline Vector panel_load(const char* data) { return _mm512_loadu_ps(data); }
 inline Vector panel_multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline float panel_sum(Vector value) { return _mm512_reduce_add_ps(value); }
 
 }  // namespace
 }  // namespace narrowcast
@@ -18,6 +17,6 @@ inline float panel_sum(Vector value) { return _mm512_reduce_add_ps(value); }
 
 namespace narrowcast {
 
-const WeightOnlyKernels weight_only_avx512vnni = {covers, arranged, arrange, few_rows, dot_panel, to_float_panel};
+const WeightOnlyKernels weight_only_avx512vnni = {covers, arranged, arrange, few_rows, dot_panel, nullptr};
 
 }  // namespace narrowcast

@@ -1,4 +1,4 @@
-#include "panel_plain.h"
+#include "weight_only.h"
 #include "vector16.h"
 
 namespace narrowcast {
@@ -24,6 +24,6 @@ bool covers_nothing(const StoredWeight&) { return false; }
 
 namespace narrowcast {
 
-const WeightOnlyKernels weight_only_scalar = {covers_nothing, nullptr, nullptr, nullptr, dot_panel, to_float_panel};
+const WeightOnlyKernels weight_only_scalar = {covers_nothing, nullptr, nullptr, nullptr, dot_panel, nullptr};
 
 }  // namespace narrowcast

@@ -17,9 +17,7 @@ OPS = torch.ops.narrowcast
 Walk = Callable[[], Iterator[str]]
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     rows=st.integers(1, 7),
     columns=st.integers(1, 90),

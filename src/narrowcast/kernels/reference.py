@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 SMALLEST_RANGE = 2.0**-100
 """A row (or group) whose largest magnitude is below this counts as all zero: 127 / range would overflow."""
 

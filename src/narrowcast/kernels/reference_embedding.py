@@ -35,7 +35,13 @@ def embedding_rows(
 
     Args:
         indices: [...] int64 or int32 row numbers.
-        codes, scale, zero_point, levels, bits, group, columns: the table, see `dequantize_weight`.
+        codes: the table, see `dequantize_weight`; so is the rest.
+        scale: its scales.
+        zero_point: its zero points or None.
+        levels: its levels or None.
+        bits: of its codes.
+        group: columns per scale.
+        columns: of the table.
 
     Returns:
         [..., columns] float32.

@@ -261,15 +261,29 @@ def _blocks(part: Tensor, spec: QuantSpec, importance: Tensor | None, tall: int)
 
 
 def _search_range_op(
-    weight: Tensor, importance: Tensor | None, group: int, bits: int, symmetric: bool, scale_format: int, refinements: int
+    weight: Tensor,
+    importance: Tensor | None,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    scale_format: int,
+    refinements: int,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points of signed integers, one per group of a row: `search_weight`."""
-    scale, zero_point = search_weight(weight, signed_spec(bits, group, symmetric, scale_format), importance, refinements)
+    scale, zero_point = search_weight(
+        weight, signed_spec(bits, group, symmetric, scale_format), importance, refinements
+    )
     return scale, weight.new_empty((0, 0), dtype=torch.int32) if zero_point is None else zero_point
 
 
 def _fake_search(
-    weight: Tensor, importance: Tensor | None, group: int, bits: int, symmetric: bool, scale_format: int, refinements: int
+    weight: Tensor,
+    importance: Tensor | None,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    scale_format: int,
+    refinements: int,
 ) -> tuple[Tensor, Tensor]:
     shape = (weight.shape[0], -(-weight.shape[1] // group))
     return weight.new_empty(shape), weight.new_empty((0, 0) if symmetric else shape, dtype=torch.int32)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from narrowcast.core import FORMATS
 from narrowcast.kernels.op import FLOAT_TIERS, Op
 from narrowcast.kernels.reference_encode import unpack_codes
+from narrowcast.kernels.reference_linear import FUSED
 
 _STORED = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? levels"
 
@@ -64,20 +65,27 @@ def linear_weight_only(
     bias: Tensor | None,
     bits: int,
     group: int,
+    fused: str = "none",
 ) -> Tensor:
     """Float inputs times a stored weight, products and sums in float32.
 
     Args:
         x: [..., K] float32, bfloat16 or float16.
-        codes, scale, zero_point, levels, bits, group: a stored weight [N, K], see `dequantize_weight`.
+        codes: a stored weight [N, K], see `dequantize_weight`; so are the next three.
+        scale: its scales.
+        zero_point: its zero points or None.
+        levels: its levels or None.
         bias: [N] float or None.
+        bits: of its codes.
+        group: columns per scale.
+        fused: the activation function behind the bias, a name in FUSED.
 
     Returns:
         [..., N] in x's dtype. The order of the sums is not fixed. For bfloat16 inputs a native body may round the
         weights to bfloat16 too.
     """
     weight = dequantize_weight(codes, scale, zero_point, levels, bits, group, x.shape[-1])
-    return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    return FUSED[fused](functional.linear(x.float(), weight, None if bias is None else bias.float())).to(x.dtype)
 
 
 def _fake_dequantize(
@@ -100,7 +108,7 @@ OPS = (
     ),
     Op(
         "linear_weight_only",
-        f"(Tensor x, {_STORED}, Tensor? bias, int bits, int group) -> Tensor",
+        f"(Tensor x, {_STORED}, Tensor? bias, int bits, int group, str fused='none') -> Tensor",
         linear_weight_only,
         _fake_linear,
         FLOAT_TIERS,

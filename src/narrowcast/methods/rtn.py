@@ -18,6 +18,7 @@ from narrowcast.errors import RecipeError
 from narrowcast.methods.base import Seen, check_weight, relative_importance
 from narrowcast.methods.native import round_to_nearest, search_range
 
+
 @dataclass(frozen=True)
 class Rtn:
     """Round-to-nearest.

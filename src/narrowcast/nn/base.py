@@ -30,7 +30,6 @@ from narrowcast.errors import FormatError
 from narrowcast.kernels import kernel_name  # noqa: F401  importing it defines torch.ops.narrowcast
 from narrowcast.nn.activation import Activation
 
-
 KernelArguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]
 """codes, scale, zero_point, levels, bits and group of a stored weight, in the order of the weight-only ops."""
 

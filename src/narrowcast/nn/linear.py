@@ -162,7 +162,8 @@ class QuantizedLinear(QuantizedModule):
                 x, buffers["kernel_codes"], buffers["kernel_scale"], buffers["kernel_zero_sum"], buffers["bias"],
                 buffers["kernel_input_inverse"], buffers["kernel_input_zero"], own["fused"],
             )  # fmt: skip
-        return FUSED[self.fused](self._float_forward(x))
+        y = weight_only_linear(self, x) if self.activation.mode == "float" else None
+        return FUSED[self.fused](self._float_forward(x)) if y is None else y
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self.activation.mode == "cast":
@@ -171,8 +172,6 @@ class QuantizedLinear(QuantizedModule):
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = self.weight_codes if self.weight_codes.dtype == dtype else self.weight.to(dtype)
             return functional.linear(x.to(dtype), weight, bias).to(x.dtype)
-        if (y := weight_only_linear(self.stored("weight"), self, x, self.bias)) is not None:
-            return y
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.weight.to(x.dtype), bias)
 
