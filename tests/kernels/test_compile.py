@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.conv_cases import SHAPES
-from tests.kernels.linear_cases import int4_arguments, int8_arguments, static_arguments
+from tests.kernels.linear_cases import int8_arguments, static_arguments
 from tests.kernels.lowbit_cases import lowbit_arguments
 from tests.kernels.network_cases import residual_network
+from tests.kernels.stored_cases import stored_weight
 from tests.kernels.test_recurrent import arguments as recurrent_arguments
 from torch import Tensor, nn
 
@@ -20,27 +21,34 @@ from narrowcast.kernels.reference_conv import conv_plan
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 INT8 = int8_arguments(5, 17, 40)
-INT4 = int4_arguments(5, 17, 64, asymmetric=True)
 CONV = SHAPES["grouped"].arguments()
 CONV_SIZES = (SHAPES["grouped"].kernel, SHAPES["grouped"].groups)
+STORED, _ = stored_weight("int4/group32/asym", 17, 72)
 INDICES = torch.tensor([[0, 5, 3], [16, 1, 1]])
+WEIGHT = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+CODES, SCALE, ZERO_POINT = torch.ops.narrowcast.quantize_weight(WEIGHT, 32, 4, False, 1)
 
 # One call of every op; an op without a row here fails the first test.
 CALLS: dict[str, tuple[Any, ...]] = {
     "linear_int8_dynamic": (*INT8, False),
     "linear_int8_static": static_arguments(INT8, 0.1, 128),
     "linear_lowbit_dynamic": lowbit_arguments(5, 17, 64, asymmetric=True, fused="silu"),
-    "dequantize_int8": (INT8[1], INT8[2]),
-    "dequantize_int4": (INT4[1], INT4[2], INT4[3], 32, 64),
+    "linear_weight_only": (torch.randn(3, 72), *STORED[:-2], torch.randn(17), *STORED[-2:]),
+    "dequantize_weight": (*STORED, 72),
+    "embedding_rows": (INDICES, *STORED, 72),
     "conv2d_int8": CONV,
     "conv2d_int8_planned": (*CONV[:7], conv_plan(*CONV[7:])),
     "conv2d_int8_pack": (SHAPES["grouped"].weight(), *CONV_SIZES),
     "conv2d_int8_unpack": (CONV[1], SHAPES["grouped"].outputs, 6, *CONV_SIZES),
     "conv_network_int8": ([torch.randn(2, 3, 8, 8)], *residual_network(1).arguments()),
-    "embedding_int8": (INDICES, INT8[1], INT8[2]),
-    "embedding_int4": (INDICES, INT4[1], INT4[2], INT4[3], 32, 64),
     "lstm_int8": recurrent_arguments("lstm_int8", 3, 2, 5, 7),
     "gru_int8": recurrent_arguments("gru_int8", 3, 2, 5, 7),
+    "quantize_weight": (WEIGHT, 32, 4, False, 1),
+    "encode_weight": (WEIGHT, SCALE, ZERO_POINT, 32, 4),
+    "quantization_error": (WEIGHT, CODES, SCALE, ZERO_POINT, 32),
+    "pack_codes": (CODES, 4, -8),
+    "unpack_codes": (torch.ops.narrowcast.pack_codes(CODES, 4, -8), 4, -8, 64, True),
+    "search_range": (WEIGHT, torch.rand(64), 32, 4, False, 1, 1),
 }
 
 
