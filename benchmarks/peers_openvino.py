@@ -40,10 +40,14 @@ def int8_file(kit: KitModel, shape: tuple[int, ...], folder: Path) -> Path:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     transformer = {} if kit.kind == "cnn" else {"model_type": nncf.ModelType.TRANSFORMER}
-    model = read(peers_onnx.float32_file(kit, shape, folder))
-    samples = _calibration(kit, shape)
+    # Ranges of single images are averaged, which clips: images are calibrated in the largest batch.
+    calibrated = kit.shapes[-1] if kit.kind == "cnn" else shape
+    model = read(peers_onnx.float32_file(kit, calibrated, folder))
+    samples = _calibration(kit, calibrated)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         quantized = nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples), **transformer)
+    if calibrated != shape:
+        quantized.reshape([shape[0], *quantized.input(0).shape[1:]])
     openvino.save_model(quantized, path, compress_to_fp16=False)
     return path
 

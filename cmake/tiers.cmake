@@ -1,6 +1,6 @@
 # Which instruction-set tiers this processor family has, and the compiler flags of each. The suffix of a source file's
 # name chooses its tier: linear_int8_avx2.cpp. One translation unit per tier: never raise the flags of a whole library.
-set(X86_TIERS avx2 avxvnni avxvnni_evex avx512vnni)
+set(X86_TIERS avx2 avxvnni avxvnni_evex avx512vnni avx512bf16)
 set(ARM_TIERS neondot neoni8mm)
 set(NARROWCAST_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(NARROWCAST_FLAGS_avxvnni ${NARROWCAST_FLAGS_avx2} -mavxvnni)
@@ -8,6 +8,8 @@ set(NARROWCAST_FLAGS_avxvnni ${NARROWCAST_FLAGS_avx2} -mavxvnni)
 set(NARROWCAST_FLAGS_avxvnni_evex ${NARROWCAST_FLAGS_avx2} -mavx512f -mavx512vl -mavx512vnni -mprefer-vector-width=256)
 set(NARROWCAST_FLAGS_avx512vnni ${NARROWCAST_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni
     -mprefer-vector-width=512)
+# No tier of its own: kernels for float inputs use it beside AVX-512 VNNI where the CPU has it.
+set(NARROWCAST_FLAGS_avx512bf16 ${NARROWCAST_FLAGS_avx512vnni} -mavx512bf16)
 set(NARROWCAST_FLAGS_neondot -march=armv8.2-a+dotprod)
 set(NARROWCAST_FLAGS_neoni8mm -march=armv8.2-a+dotprod+i8mm)
 

@@ -1,10 +1,9 @@
-// Torch bindings of embedding_int8 and embedding_int4: look rows up and dequantize only those.
+// Torch binding of embedding_rows: look rows of a stored table up and expand only those.
 #include "binding.h"
-#include "dequantize.h"
+#include "binding_stored.h"
 
 namespace narrowcast {
 namespace {
-
 
 // Row numbers in any shape; every one is checked before a row is read.
 class Indices {
@@ -51,60 +50,18 @@ void for_each_position(int64_t count, int64_t columns, const LookUp& look_up) {
   });
 }
 
-Tensor embedding_int8(Tensor indices, Tensor weight, Tensor scale, std::optional<Tensor> zero_point) {
-  constexpr const char* op = "embedding_int8";
-  check_tensor(weight, ScalarType::Char, 2, op, "weight");
-  check_tensor(scale, ScalarType::Float, 1, op, "scale");
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  NARROWCAST_CHECK(scale.size(0) == rows, op, "scale has ", scale.size(0), " entries for ", rows, " rows");
-  NARROWCAST_CHECK(columns > 0, op, "weight ", shape_text(weight), " has no columns");
-  const Indices index(op, indices, rows);
-  const Contiguous zeros = int8_zero_points(zero_point, rows, op);
-  weight = as_contiguous(weight), scale = as_contiguous(scale);
+Tensor embedding_rows(const Tensor& indices, const Tensor& codes, const Tensor& scale,
+                      const std::optional<Tensor>& zero_point, const std::optional<Tensor>& levels, int64_t bits,
+                      int64_t group, int64_t columns) {
+  constexpr const char* op = "embedding_rows";
+  const StoredWeightArguments table(codes, scale, zero_point, levels, bits, group, columns, op);
+  NARROWCAST_CHECK(columns > 0, op, "the table has no columns");
+  const Indices index(op, indices, table.rows());
   Tensor out = new_rows(op, indices, columns);
-  const auto* codes = static_cast<const int8_t*>(weight.const_data_ptr());
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   auto* values = static_cast<float*>(out.mutable_data_ptr());
-  const DequantizeKernels& kernels = kDequantizeTiers.active();
+  const ExpandKernels& kernels = kExpandTiers.active();
   for_each_position(index.count(), columns, [&](int64_t position) {
-    const int64_t row = index.at(position);
-    const int32_t zero = zeros.data<uint8_t>() != nullptr ? zeros.data<uint8_t>()[row] - 128 : 0;
-    kernels.int8_row(codes + row * columns, scales[row], zero, columns, values + position * columns);
-  });
-  return out;
-}
-
-Tensor embedding_int4(Tensor indices, Tensor weight, Tensor scale, std::optional<Tensor> zero_point, int64_t group,
-                      int64_t dim) {
-  constexpr const char* op = "embedding_int4";
-  check_tensor(weight, ScalarType::Byte, 2, op, "weight");
-  check_tensor(scale, ScalarType::Half, 2, op, "scale");
-  NARROWCAST_CHECK(dim > 0 && weight.size(1) == divide_up(dim, 2), op, "rows of ", weight.size(1),
-                   " bytes cannot hold ", dim, " columns");
-  NARROWCAST_CHECK(group > 0 && (group % 2 == 0 || group >= dim), op,
-                   "group must be even or the number of columns, got ", group);
-  const int64_t rows = weight.size(0), groups = divide_up(dim, group), bytes = weight.size(1);
-  NARROWCAST_CHECK(scale.size(0) == rows && scale.size(1) == groups, op, "scale is ", shape_text(scale),
-                   ", expected [", rows, ", ", groups, "]");
-  const uint8_t* zeros = nullptr;
-  if (zero_point) {
-    check_tensor(*zero_point, ScalarType::Byte, 2, op, "zero_point");
-    NARROWCAST_CHECK(zero_point->size(0) == rows && zero_point->size(1) == groups, op, "zero_point is ",
-                     shape_text(*zero_point), ", expected [", rows, ", ", groups, "]");
-    zero_point = as_contiguous(*zero_point);
-    zeros = static_cast<const uint8_t*>(zero_point->const_data_ptr());
-  }
-  const Indices index(op, indices, rows);
-  weight = as_contiguous(weight), scale = as_contiguous(scale);
-  Tensor out = new_rows(op, indices, dim);
-  const auto* packed = static_cast<const uint8_t*>(weight.const_data_ptr());
-  const auto* scales = static_cast<const uint16_t*>(scale.const_data_ptr());
-  auto* values = static_cast<float*>(out.mutable_data_ptr());
-  const DequantizeKernels& kernels = kDequantizeTiers.active();
-  for_each_position(index.count(), dim, [&](int64_t position) {
-    const int64_t row = index.at(position);
-    kernels.int4_row(packed + row * bytes, scales + row * groups, zeros ? zeros + row * groups : nullptr, group, dim,
-                     values + position * dim);
+    kernels.expand(table.weight(), index.at(position), 0, columns, values + position * columns);
   });
   return out;
 }
@@ -113,6 +70,5 @@ Tensor embedding_int4(Tensor indices, Tensor weight, Tensor scale, std::optional
 }  // namespace narrowcast
 
 STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, library) {
-  library.impl("embedding_int8", TORCH_BOX(&narrowcast::embedding_int8));
-  library.impl("embedding_int4", TORCH_BOX(&narrowcast::embedding_int4));
+  library.impl("embedding_rows", TORCH_BOX(&narrowcast::embedding_rows));
 }

@@ -127,11 +127,8 @@ Tensor linear_lowbit_dynamic(const Tensor& x_tensor, const Tensor& weight, const
   const bool parallel = is_parallel(x.rows, arguments.columns, x.depth);
   auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 4 * cut.blocks) + 64));
   auto* code_scales = reinterpret_cast<float*>(codes + x.rows * stride);
-  const QuantizeKernels& quantize = kQuantizeTiers.active();
-  quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, kOp, [&](int64_t row) {
-    return quantize_row(quantize, x, row, cut, stride, codes + row * stride, code_scales + row * cut.blocks);
-  });
-  const LowBitLinear problem = {.codes = codes,
+  const LowBitLinear problem = {.rows = x.rows,
+                                .codes = codes,
                                 .code_stride = stride,
                                 .code_scales = code_scales,
                                 .weight = arguments.weight.data<uint8_t>(),
@@ -154,6 +151,13 @@ Tensor linear_lowbit_dynamic(const Tensor& x_tensor, const Tensor& weight, const
                                 .out_stride = arguments.columns,
                                 .out_type = x.type};
   const LowBitKernels& kernels = kLowBitTiers.active();
+  const QuantizeKernels& quantize = kQuantizeTiers.active();
+  quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, kOp, [&](int64_t row) {
+    uint8_t* row_codes = codes + row * stride;
+    if (!quantize_row(quantize, x, row, cut, stride, row_codes, code_scales + row * cut.blocks)) return false;
+    if (kernels.order_row != nullptr) kernels.order_row(problem, row_codes);
+    return true;
+  });
   const int64_t scratch = kernels.scratch(problem);
   for_each_tile(x.rows, arguments.columns, parallel, [&](Range rows, Range part) {
     kernels.tile(problem, rows, part, workspace(Slot::panel, scratch));

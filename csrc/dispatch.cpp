@@ -110,6 +110,15 @@ std::atomic<int>& current_isa() {
 
 Isa active_isa() { return static_cast<Isa>(current_isa().load(std::memory_order_relaxed)); }
 
+bool has_avx512bf16() {
+#if NARROWCAST_X86
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 }  // namespace narrowcast
 
 #if defined(_WIN32)

@@ -24,7 +24,7 @@ inline To bits_as(From value) {
 // e^x for x <= 88; below -87 as for -87 (1.6e-38). Cody and Waite's reduction, a polynomial as in Cephes' expf.
 template <class Float, class Int>
 inline Float exponential(Float x) {
-  x = x < -87.0f ? Float{} - 87.0f : x;
+  x = x > -87.0f ? x : Float{} - 87.0f;  // also for a NaN, whose bits the sum below could overflow
   const Float shifted = x * 1.44269504f + kRounder;
   const Float n = shifted - kRounder;
   const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -27,6 +27,9 @@ enum class FloatType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 // The tier in use: the best one this CPU and operating system have, unless NARROWCAST_ISA or set_isa chose another.
 Isa active_isa();
 
+// Whether the CPU has AVX-512 BF16, which kernels for float inputs use beside the AVX-512 VNNI tier.
+bool has_avx512bf16();
+
 // A kernel table that exists only in a library for that processor family, else null.
 #if NARROWCAST_X86
 #define NARROWCAST_X86_BODY(table) &table

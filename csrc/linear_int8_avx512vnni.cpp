@@ -37,6 +37,8 @@ inline __m512i dot_tile(const uint8_t* const* row, const int8_t* const* weight, 
 #pragma GCC unroll 16
     for (int c = 0; c < COLUMNS; ++c) {
       const __m512i values = _mm512_loadu_si512(weight[c] + k);
+      // the columns after these: a row is too short for the processor to fetch the next one by itself
+      _mm_prefetch(weight[c] + k + COLUMNS * depth, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         sums[r * COLUMNS + c] = _mm512_dpbusd_epi32(sums[r * COLUMNS + c], codes[r], values);
@@ -91,6 +93,7 @@ void pack_panel(const Int8Linear& problem, Range columns, int8_t* panel) {
 #pragma GCC unroll 16
       for (int c = 0; c < 16; ++c) {
         tile[c] = c < count ? _mm512_maskz_loadu_epi8(mask, weight + c * problem.depth + k) : _mm512_setzero_si512();
+        _mm_prefetch(weight + (c + 16) * problem.depth + k, _MM_HINT_T1);
       }
       transpose16(tile);
       int8_t* target = panel + k * kPanelColumns + first * 4;

@@ -11,6 +11,7 @@ namespace narrowcast {
 //   float(sum_k (codes[m, k] - 128) * (level[n, k] - zero_point[n, g(b)])) * (scale[n, g(b)] * level_scale)
 //   * code_scales[m, b] + bias[n]), every float step rounded by itself; g(b) = b / blocks_per_group.
 struct LowBitLinear {
+  int64_t rows;               // of the whole call
   const uint8_t* codes;       // [rows, code_stride]; 128, the code of 0, behind depth
   int64_t code_stride;        // blocks * block rounded up to 64
   const float* code_scales;   // [rows, blocks]
@@ -33,7 +34,31 @@ struct LowBitLinear {
   FloatType out_type;
 };
 
+// Walks through a row of weights: which block and group comes next. Counting, since a division costs as much as expanding
+// 16 columns.
+struct BlockCursor {
+  int64_t block_codes, group_blocks;
+  int64_t codes_left = block_codes, blocks_left = group_blocks;
+  int64_t block = 0, group = 0;
+
+  void next_block() {
+    ++block;
+    if (--blocks_left > 0) return;
+    ++group;
+    blocks_left = group_blocks;
+  }
+  // `codes` divides every block: 4 or 16.
+  void next_codes(int64_t codes) {
+    codes_left -= codes;
+    if (codes_left > 0) return;
+    codes_left = block_codes;
+    next_block();
+  }
+};
+
 struct LowBitKernels {
+  // Brings the codes of one row into the order that `tile` wants; null where that is the order they have.
+  void (*order_row)(const LowBitLinear& problem, uint8_t* codes);
   // Computes the given rows and columns of the output; `scratch` has scratch(problem) bytes, 64-byte aligned.
   void (*tile)(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
   int64_t (*scratch)(const LowBitLinear& problem);
@@ -46,6 +71,7 @@ void lowbit_tile_avxvnni_evex(const LowBitLinear& problem, Range rows, Range col
 void lowbit_tile_avx512vnni(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_tile_neondot(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_tile_neoni8mm(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
+void lowbit_order_row_avx512vnni(const LowBitLinear& problem, uint8_t* codes);
 int64_t lowbit_scratch_scalar(const LowBitLinear& problem);
 int64_t lowbit_scratch_avx2(const LowBitLinear& problem);
 int64_t lowbit_scratch_avxvnni(const LowBitLinear& problem);
@@ -54,13 +80,14 @@ int64_t lowbit_scratch_avx512vnni(const LowBitLinear& problem);
 int64_t lowbit_scratch_neondot(const LowBitLinear& problem);
 int64_t lowbit_scratch_neoni8mm(const LowBitLinear& problem);
 
-constexpr LowBitKernels kLowBitScalar = {lowbit_tile_scalar, lowbit_scratch_scalar};
-constexpr LowBitKernels kLowBitAvx2 = {lowbit_tile_avx2, lowbit_scratch_avx2};
-constexpr LowBitKernels kLowBitAvxVnni = {lowbit_tile_avxvnni, lowbit_scratch_avxvnni};
-constexpr LowBitKernels kLowBitAvxVnniEvex = {lowbit_tile_avxvnni_evex, lowbit_scratch_avxvnni_evex};
-constexpr LowBitKernels kLowBitAvx512 = {lowbit_tile_avx512vnni, lowbit_scratch_avx512vnni};
-constexpr LowBitKernels kLowBitNeonDot = {lowbit_tile_neondot, lowbit_scratch_neondot};
-constexpr LowBitKernels kLowBitNeonI8mm = {lowbit_tile_neoni8mm, lowbit_scratch_neoni8mm};
+constexpr LowBitKernels kLowBitScalar = {nullptr, lowbit_tile_scalar, lowbit_scratch_scalar};
+constexpr LowBitKernels kLowBitAvx2 = {nullptr, lowbit_tile_avx2, lowbit_scratch_avx2};
+constexpr LowBitKernels kLowBitAvxVnni = {nullptr, lowbit_tile_avxvnni, lowbit_scratch_avxvnni};
+constexpr LowBitKernels kLowBitAvxVnniEvex = {nullptr, lowbit_tile_avxvnni_evex, lowbit_scratch_avxvnni_evex};
+constexpr LowBitKernels kLowBitAvx512 = {lowbit_order_row_avx512vnni, lowbit_tile_avx512vnni,
+                                         lowbit_scratch_avx512vnni};
+constexpr LowBitKernels kLowBitNeonDot = {nullptr, lowbit_tile_neondot, lowbit_scratch_neondot};
+constexpr LowBitKernels kLowBitNeonI8mm = {nullptr, lowbit_tile_neoni8mm, lowbit_scratch_neoni8mm};
 constexpr Tiers<LowBitKernels> kLowBitTiers = {
     .scalar = &kLowBitScalar,
     .avx2 = NARROWCAST_X86_BODY(kLowBitAvx2),

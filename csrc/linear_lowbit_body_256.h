@@ -96,23 +96,25 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
              : _mm256_setzero_si256();
   const int64_t depth = problem.blocks * problem.block;
   const __m256i constant = _mm256_set1_epi8(static_cast<char>(problem.zero));
+  BlockCursor cursor = {problem.block, problem.blocks_per_group};
   for (int64_t k = 0; k < depth; k += 32) {
     __m256i tile[8];
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) {
       const uint8_t* row = problem.weight + (column + smaller(c, count - 1)) * problem.row_bytes;
+      if (k / 8 * BITS % 64 < 4 * BITS) _mm_prefetch(row + 16 * problem.row_bytes + k / 8 * BITS, _MM_HINT_T1);
       tile[c] = levels32<BITS, LEVELS>(unpack32<BITS>(row, problem.row_bytes, k), table);
     }
     transpose_dwords8(tile);
 #pragma GCC unroll 8
     for (int quad = 0; quad < 8; ++quad) {
       if (k + 4 * quad >= depth) break;
-      const int64_t group = (k + 4 * quad) / problem.block / problem.blocks_per_group;
       const __m256i zero_point = problem.zero_point != nullptr
-                                     ? _mm256_load_si256(vector_at(panel.zero_points + group * kPanelColumns))
+                                     ? _mm256_load_si256(vector_at(panel.zero_points + cursor.group * kPanelColumns))
                                      : constant;
       _mm256_store_si256(vector_at(panel.weights + (k + 4 * quad) * kPanelColumns),
                          _mm256_sub_epi8(tile[quad], zero_point));
+      cursor.next_codes(4);
     }
   }
 }
@@ -123,9 +125,13 @@ void start_sums(const LowBitLinear& problem, Panel panel) {
   const int8_t* weights = panel.weights;
   for (int64_t block = 0; block < problem.blocks; ++block) {
     __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int64_t k = 0; k < problem.block; k += 4, weights += 4 * kPanelColumns) {
+    for (int64_t k = 0; k < problem.block; k += 16, weights += 16 * kPanelColumns) {
       for (int c = 0; c < 2; ++c) {
-        const __m256i pairs = _mm256_maddubs_epi16(ones, _mm256_load_si256(vector_at(weights + 32 * c)));
+        __m256i pairs = _mm256_setzero_si256();  // eight weights below 128 fit in int16
+        for (int quad = 0; quad < 4; ++quad) {
+          const __m256i values = _mm256_load_si256(vector_at(weights + quad * 64 + 32 * c));
+          pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(ones, values));
+        }
         sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(pairs, wide_ones));
       }
     }
@@ -170,6 +176,9 @@ inline void block_sums(const uint8_t* codes, int64_t stride, const int8_t* weigh
   }
 }
 #else
+// Keeps GCC from turning a chain of additions into a tree, whose leaves it then spills: there are only 16 registers.
+inline void in_register(__m256i* value) { asm("" : "+x"(*value)); }
+
 // Sums of one block of `quads` quads of codes with 16 columns. RUN products are summed in int16; 0 gives the signs of the
 // weights to the activations, which then are signed (128 taken off) and need no starting sum.
 template <int ROWS, int RUN>
@@ -195,6 +204,7 @@ inline void block_sums(const uint8_t* codes, int64_t stride, const int8_t* weigh
         }
         pairs[r][0] = step == 0 ? p0 : _mm256_add_epi16(pairs[r][0], p0);
         pairs[r][1] = step == 0 ? p1 : _mm256_add_epi16(pairs[r][1], p1);
+        in_register(&pairs[r][0]), in_register(&pairs[r][1]);
       }
     }
 #pragma GCC unroll 6
@@ -212,7 +222,9 @@ __attribute__((noinline)) void panel_rows(const LowBitLinear& problem, int64_t r
   const int64_t blocks = problem.blocks, block_codes = problem.block;
   const float* code_scales = problem.code_scales + row * blocks;
   for (int r = 0; r < ROWS * 2; ++r) _mm256_store_ps(out + 8 * r, _mm256_setzero_ps());
-  for (int64_t block = 0; block < blocks; ++block) {
+  BlockCursor cursor = {block_codes, problem.blocks_per_group};
+  for (; cursor.block < blocks; cursor.next_block()) {
+    const int64_t block = cursor.block;
     __m256i sums[ROWS][2];
     const __m256i start0 = _mm256_load_si256(vector_at(panel.starts + block * kPanelColumns));
     const __m256i start1 = _mm256_load_si256(vector_at(panel.starts + block * kPanelColumns + 8));
@@ -223,7 +235,7 @@ __attribute__((noinline)) void panel_rows(const LowBitLinear& problem, int64_t r
     }
     block_sums<ROWS, RUN>(problem.codes + row * problem.code_stride + block * block_codes, problem.code_stride,
                           panel.weights + block * block_codes * kPanelColumns, block_codes / 4, sums);
-    const float* scales = panel.scales + block / problem.blocks_per_group * kPanelColumns;
+    const float* scales = panel.scales + cursor.group * kPanelColumns;
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const __m256 code_scale = _mm256_set1_ps(code_scales[r * blocks + block]);
@@ -243,6 +255,8 @@ constexpr PanelKernel kPanelKernels[kPanelRows] = {panel_rows<1, 1>, panel_rows<
                                                    panel_rows<4, 1>, panel_rows<5, 1>, panel_rows<6, 1>};
 
 const PanelKernel* panel_kernels(const LowBitLinear&) { return kPanelKernels; }
+
+bool has_starting_sums(const PanelKernel*) { return true; }
 #else
 template <int RUN>
 constexpr PanelKernel kPanelKernels[kPanelRows] = {panel_rows<1, RUN>, panel_rows<2, RUN>, panel_rows<3, RUN>};
@@ -264,6 +278,8 @@ const PanelKernel* panel_kernels(const LowBitLinear& problem) {
   if (largest <= 32) return kPanelKernels<2>;
   return largest <= 64 ? kPanelKernels<1> : kPanelKernels<0>;
 }
+
+bool has_starting_sums(const PanelKernel* kernels) { return kernels != kPanelKernels<0>; }
 #endif
 
 void finish(const LowBitLinear& problem, int64_t first_row, int64_t row_count, Range columns, const float* totals) {
@@ -300,7 +316,7 @@ void lowbit_tile(const LowBitLinear& problem, Range rows, Range columns, void* s
       expand_groups(problem, start, count, half);
       expand(problem, start, count, half);
     }
-    start_sums(problem, panel);
+    if (has_starting_sums(kernels)) start_sums(problem, panel);
     for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
       const int64_t count = smaller(kPanelRows, rows.end - row);
       kernels[count - 1](problem, row, panel, totals);

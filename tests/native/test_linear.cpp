@@ -107,7 +107,7 @@ void test_linear_lowbit(Random& random) {
     store_float(scale.data(), problem.scale_is_half ? FloatType::float16 : FloatType::float32, index,
                 random.unit() * 0.01f);
   }
-  problem.codes = codes.data(), problem.code_scales = code_scales.data(), problem.weight = weight.data();
+  problem.rows = size.rows, problem.code_scales = code_scales.data(), problem.weight = weight.data();
   problem.scale = scale.data(), problem.out_stride = size.columns, problem.out_type = size.type;
   const bool asymmetric = problem.bits < 8 && problem.levels == nullptr && random.chance(50);
   problem.zero_point = asymmetric ? zero_point.data() : nullptr;
@@ -117,7 +117,12 @@ void test_linear_lowbit(Random& random) {
                            std::to_string(problem.block) + " fused " + std::to_string(static_cast<int>(problem.fused));
   same_on_every_tier(what, size.out_bytes(), [&](uint8_t* out) {
     const LowBitKernels& kernels = kLowBitTiers.active();
-    problem.out = out;
+    Buffer<uint8_t> ordered(codes.size());
+    std::memcpy(ordered.data(), codes.data(), static_cast<size_t>(codes.size()));
+    problem.codes = ordered.data(), problem.out = out;
+    for (int64_t row = 0; kernels.order_row != nullptr && row < size.rows; ++row) {
+      kernels.order_row(problem, ordered.data() + row * problem.code_stride);
+    }
     Buffer<uint8_t> scratch(kernels.scratch(problem));
     kernels.tile(problem, size.row_range, size.column_range, scratch.data());
   });

@@ -42,8 +42,8 @@ def test_settings_and_stored_tensors_rebuild_the_module(spec: str) -> None:
 
 
 @pytest.mark.parametrize(("spec", "kernel"), [
-    ("int8", "embedding_int8"), ("int4/group32", "embedding_int4"), ("int4/group32/asym", "embedding_int4"),
-    ("int8/tensor", "torch"), ("nf4/group32", "torch"), ("fp16", "torch"),
+    ("int8", "embedding_rows"), ("int4/group32/asym", "embedding_rows"), ("int8/tensor", "embedding_rows"),
+    ("nf4/group32", "embedding_rows"), ("int8/block2x8", "torch"), ("fp16", "torch"),
 ])  # fmt: skip
 def test_the_kernel_is_named(spec: str, kernel: str) -> None:
     assert made(spec).kernel.startswith(kernel)

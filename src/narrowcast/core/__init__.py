@@ -10,7 +10,7 @@ from narrowcast.core.affine import (
     split_int8_scale,
 )
 from narrowcast.core.channels import spread_channels
-from narrowcast.core.formats import FORMATS, NumberFormat, number_format
+from narrowcast.core.formats import FORMATS, NumberFormat, all_finite, number_format
 from narrowcast.core.granularity import (
     Granularity,
     PerBlock,
@@ -42,6 +42,7 @@ __all__ = [
     "PerToken",
     "QuantSpec",
     "QuantizedTensor",
+    "all_finite",
     "bits_per_weight",
     "block_range",
     "block_shape",

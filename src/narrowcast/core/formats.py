@@ -101,8 +101,7 @@ def check_finite(values: Tensor, what: str) -> None:
     Raises:
         FormatError: naming the first bad element and how many there are.
     """
-    # one pass in the good case: the smallest and the largest value are finite only if all are (NaN spreads)
-    if values.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(values)):
+    if all_finite(values):
         return
     bad = ~torch.isfinite(values)
     where = first_index(bad)
@@ -110,6 +109,12 @@ def check_finite(values: Tensor, what: str) -> None:
         f"{what}: element {where} is {float(values[where])}; {int(bad.sum())} of {values.numel()} values are not "
         "finite; remove NaN and infinity first"
     )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass: the smallest and the largest are finite only if all are."""
+    # NaN spreads into both bounds
+    return values.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(values))
 
 
 def first_index(bad: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ FAMILIES = {"x86": ("scalar", "avx2", "avxvnni", "avx512vnni"), "Arm": ("scalar"
 TIERS = tuple(dict.fromkeys(tier for family in FAMILIES.values() for tier in family))
 """Every tier once."""
 
-DEQUANTIZE_TIERS = ("scalar", "avx2", "avx512vnni")
+FLOAT_TIERS = ("scalar", "avx2", "avx512vnni")
 """Tiers with a body of their own for ops without integer products; on Arm, vectors are part of the scalar tier."""
 
 

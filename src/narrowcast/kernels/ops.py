@@ -11,12 +11,14 @@ import warnings
 import torch
 
 from narrowcast.kernels import (
-    reference,
     reference_conv,
     reference_embedding,
+    reference_encode,
     reference_linear,
     reference_network,
     reference_recurrent,
+    reference_search,
+    reference_weight_only,
 )
 from narrowcast.kernels.capability import capability, load_library, missing_library
 from narrowcast.kernels.op import Op, lower_tiers
@@ -24,11 +26,13 @@ from narrowcast.kernels.op import Op, lower_tiers
 NAMESPACE = "narrowcast"
 
 _ROOMS = (
-    reference,
     reference_linear,
     reference_conv,
     reference_recurrent,
     reference_embedding,
+    reference_encode,
+    reference_search,
+    reference_weight_only,
     reference_network,
 )
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from narrowcast.kernels.op import DEQUANTIZE_TIERS, Op
-
 SMALLEST_RANGE = 2.0**-100
 """A row (or group) whose largest magnitude is below this counts as all zero: 127 / range would overflow."""
 
@@ -87,76 +85,3 @@ def finite_rows(op: str, x: Tensor) -> Tensor:
     rows = x.float().reshape(x[..., 0].numel() if x.shape[-1] else x.shape[:-1].numel(), x.shape[-1])
     check_finite(op, rows)
     return rows
-
-
-def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
-    """Unsigned nibbles [N, columns] of packed rows [N, ceil(columns / 2)]: the low nibble comes first."""
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1)
-    return nibbles.reshape(packed.shape[0], 2 * packed.shape[1])[:, :columns]
-
-
-def _centred_int4(weight: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
-    """Int16 [N, columns] nibble minus its zero point."""
-    nibbles = unpack_nibbles(weight, columns).to(torch.int16)
-    if zero_point is None:
-        return nibbles - 8
-    return nibbles - zero_point.to(torch.int16).repeat_interleave(group, dim=1)[:, :columns]
-
-
-def dequantize_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Float32 weights of int8 codes.
-
-    Args:
-        weight:     [N, K] int8.
-        scale:      [N] float32.
-        zero_point: [N] uint8, the code of 0.0 with 128 added; None for symmetric codes.
-
-    Returns:
-        [N, K] float32: (code - zero point) * scale.
-    """
-    if zero_point is None:
-        return weight.float() * scale[:, None]
-    return (weight.to(torch.int16) - (zero_point.to(torch.int16) - 128)[:, None]).float() * scale[:, None]
-
-
-def dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
-    """Float32 weights [N, columns] of packed int4 rows.
-
-    Args:
-        weight:     [N, ceil(columns / 2)] uint8, two unsigned nibbles per byte, the first in the low half.
-        scale:      [N, ceil(columns / group)] float16.
-        zero_point: [N, ceil(columns / group)] uint8, or None for 8.
-        group:      columns per scale, > 0.
-        columns:    K.
-
-    Returns:
-        [N, columns] float32: (nibble - zero_point) * scale.
-    """
-    centred = _centred_int4(weight, zero_point, group, columns).float()
-    return centred * scale.float().repeat_interleave(group, dim=1)[:, :columns]
-
-
-def _fake_dequantize_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    return scale.new_empty(weight.shape)
-
-
-def _fake_dequantize_int4(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, columns: int) -> Tensor:
-    return scale.new_empty((weight.shape[0], columns), dtype=torch.float32)
-
-
-OPS = (
-    Op(
-        "dequantize_int8",
-        "(Tensor weight, Tensor scale, Tensor? zero_point=None) -> Tensor",
-        dequantize_int8,
-        _fake_dequantize_int8,
-        DEQUANTIZE_TIERS,
-    ),
-    Op(
-        "dequantize_int4",
-        "(Tensor weight, Tensor scale, Tensor? zero_point, int group, int columns) -> Tensor",
-        dequantize_int4,
-        _fake_dequantize_int4,
-        DEQUANTIZE_TIERS,
-    ),
-)

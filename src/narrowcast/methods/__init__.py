@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from narrowcast.errors import RecipeError
 from narrowcast.methods.base import Seen, WeightMethod
+from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
 METHODS: dict[str, type[Rtn]] = {"rtn": Rtn}
@@ -38,4 +39,4 @@ def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMetho
     return method(**options)  # type: ignore[arg-type]
 
 
-__all__ = ["METHODS", "Rtn", "Seen", "WeightMethod", "make_method"]
+__all__ = ["METHODS", "Rtn", "Seen", "WeightMethod", "make_method", "weight_sqnr_db"]

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.core import QuantizedTensor, QuantSpec, all_finite
 from narrowcast.errors import DataError, ModelError
 
 
@@ -60,8 +60,8 @@ def check_weight(weight: Tensor) -> Tensor:
             "reshape kernels to [out, in * kernel]"
         )
     weight = weight.detach().to(torch.float32)
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
+    if not all_finite(weight):
+        finite = torch.isfinite(weight)
         where = tuple(int(index) for index in (~finite).nonzero()[0])
         raise ModelError(
             f"weight element {where} is {float(weight[where])} ({int((~finite).sum())} of {weight.numel()} are not "

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from narrowcast.core import (
+    PerBlock,
     PerChannel,
     PerGroup,
     QuantizedTensor,
     QuantSpec,
-    pack,
     packed_width,
     scale_shape,
     split_int8_scale,
     spread_channels,
-    unpack,
 )
-from narrowcast.core.formats import FORMATS
+from narrowcast.core.formats import FORMATS, NumberFormat
 from narrowcast.errors import FormatError
+from narrowcast.kernels import kernel_name  # noqa: F401  importing it defines torch.ops.narrowcast
 from narrowcast.nn.activation import Activation
+
+KernelArguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]
+"""codes, scale, zero_point, levels, bits and group of a stored weight, in the order of the weight-only ops."""
 
 
 class InstalledModule(nn.Module):
@@ -194,7 +198,7 @@ class StoredWeight:
                 f"weight {self.name!r} is {self.spec} of shape {self.shape}, got {record.spec} of shape {record.shape}"
             )
         number = self.spec.format
-        parts = {"codes": pack(record.codes, number) if number.bits < 8 else record.codes.contiguous()}
+        parts = {"codes": _pack(record.codes, number) if number.bits < 8 else record.codes.contiguous()}
         if record.scale is not None:
             parts |= self._encode_scale(record.scale)
         if record.zero_point is not None:
@@ -226,7 +230,7 @@ class StoredWeight:
         number = self.spec.format
         codes: Tensor = getattr(owner, f"{self.name}_codes")
         if number.bits < 8:
-            codes = unpack(codes, number, self.shape[1])
+            codes = _unpack(codes, number, self.shape[1])
         zero_point = None
         if not self.spec.symmetric:
             zero_point = getattr(owner, f"{self.name}_zero_point").to(torch.int32) + int(number.low)
@@ -234,18 +238,34 @@ class StoredWeight:
 
     def dequantize(self, owner: nn.Module) -> Tensor:
         """The float32 weight [rows, columns], by the native kernel where there is one for this format."""
-        number, granularity = self.spec.format, self.spec.granularity
+        arguments = self.kernel_arguments(owner)
+        if arguments is None:
+            return self.to_record(owner).dequantize()
+        return torch.ops.narrowcast.dequantize_weight(*arguments, self.shape[1])  # type: ignore[no-any-return]
+
+    def has_kernel(self) -> bool:
+        """Whether the weight-only ops read this format: one with scales, each for a group of a row or for all rows."""
+        return self.spec.format.scaled and not isinstance(self.spec.granularity, PerBlock)
+
+    def kernel_arguments(self, owner: nn.Module) -> KernelArguments | None:
+        """The stored tensors as the weight-only ops take them; None for formats and blocks that they do not read.
+
+        Returns:
+            (codes, scale, zero_point, levels, bits, group): see `kernels.reference_weight_only.dequantize_weight`.
+        """
+        if not self.has_kernel():
+            return None
+        number = self.spec.format
         codes: Tensor = getattr(owner, f"{self.name}_codes")
-        if number.name == "int8" and isinstance(granularity, PerChannel) and self.spec.scale_format == "fp32":
-            scale: Tensor = getattr(owner, f"{self.name}_scale")
-            zero = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point").view(-1)
-            return torch.ops.narrowcast.dequantize_int8(codes, scale.view(-1), zero)  # type: ignore[no-any-return]
-        if self.runs_as_int4():
-            zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
-            return torch.ops.narrowcast.dequantize_int4(  # type: ignore[no-any-return]
-                codes, getattr(owner, f"{self.name}_scale"), zero_point, self.group, self.shape[1]
-            )
-        return self.to_record(owner).dequantize()
+        zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
+        stored: Tensor | None = getattr(owner, f"{self.name}_scale")
+        scale = self.scale(owner) if self.spec.scale_format == "int8" else stored
+        assert scale is not None
+        levels = None
+        if number.kind != "int":
+            levels = kernel_levels(number.name).to(codes.device)
+            codes = codes.view(torch.uint8)
+        return codes, scale, zero_point, levels, number.bits, self.group
 
     @property
     def group(self) -> int:
@@ -261,6 +281,30 @@ class StoredWeight:
         if isinstance(granularity, PerGroup):
             return self.group % 32 == 0 or self.group == self.shape[1]
         return isinstance(granularity, PerChannel)
+
+
+def _pack(codes: Tensor, number: NumberFormat) -> Tensor:
+    packed: Tensor = torch.ops.narrowcast.pack_codes(codes, number.bits, _field_offset(number))
+    return packed
+
+
+def _unpack(packed: Tensor, number: NumberFormat, columns: int) -> Tensor:
+    codes: Tensor = torch.ops.narrowcast.unpack_codes(
+        packed, number.bits, _field_offset(number), columns, number.storage == torch.int8
+    )
+    return codes
+
+
+def _field_offset(number: NumberFormat) -> int:
+    """The code whose packed field is 0."""
+    return int(number.low) if number.kind == "int" else 0
+
+
+@lru_cache
+def kernel_levels(name: str) -> Tensor:
+    """The float32 value of every field of a format that is not of integers."""
+    number = FORMATS[name]
+    return number.decode(torch.arange(2**number.bits, dtype=torch.uint8).view(number.storage))
 
 
 def row_sums(codes: Tensor, factors: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.core import FORMATS, PerChannel, PerGroup, QuantizedTensor, QuantSpec
+from narrowcast.core import FORMATS, QuantizedTensor, QuantSpec
 from narrowcast.kernels import kernel_name
 from narrowcast.nn.base import QuantizedModule
 
@@ -27,8 +27,6 @@ class QuantizedEmbedding(QuantizedModule):
     """
 
     kind = "Embedding"
-    weight_scale: Tensor
-    weight_zero_point: Tensor
 
     def __init__(
         self,
@@ -43,16 +41,6 @@ class QuantizedEmbedding(QuantizedModule):
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx, self.dtype = padding_idx, dtype
         self.add_weight("weight", spec, shape, record)
-        self._op = self._choose_op()
-        if record is not None:
-            self.prepare_()
-
-    def _choose_op(self) -> str | None:
-        stored = self.stored("weight")
-        spec = stored.spec
-        if spec.format.name == "int8" and isinstance(spec.granularity, PerChannel):
-            return "embedding_int8" if spec.scale_format == "fp32" else None
-        return "embedding_int4" if stored.runs_as_int4() else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizedEmbedding:
@@ -66,13 +54,6 @@ class QuantizedEmbedding(QuantizedModule):
         shape = [self.num_embeddings, self.embedding_dim]
         spec, dtype = str(self.stored("weight").spec), _NAMES[self.dtype]
         return {"spec": spec, "shape": shape, "padding_idx": self.padding_idx, "dtype": dtype}
-
-    def prepare_(self) -> None:
-        """Flat views of scales and zero points for the int8 kernel."""
-        if self._op == "embedding_int8":
-            self.register_buffer("kernel_scale", self.weight_scale.view(-1), persistent=False)
-            zero = None if self.stored("weight").spec.symmetric else self.weight_zero_point.view(-1)
-            self.register_buffer("kernel_zero", zero, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +70,8 @@ class QuantizedEmbedding(QuantizedModule):
     @property
     def kernel(self) -> str:
         """See `QuantizedModule`."""
-        return kernel_name(self._op) if self._op is not None else "torch row lookup, rows dequantized at each call"
+        reads = self.stored("weight").has_kernel()
+        return kernel_name("embedding_rows") if reads else "torch row lookup, rows dequantized at each call"
 
     def forward(self, indices: Tensor) -> Tensor:
         """[...] integer -> [..., embedding_dim] in `dtype`."""
@@ -97,23 +79,18 @@ class QuantizedEmbedding(QuantizedModule):
         return rows if rows.dtype == self.dtype else rows.to(self.dtype)
 
     def _look_up(self, indices: Tensor) -> Tensor:
-        if self._op == "embedding_int8":
-            return torch.ops.narrowcast.embedding_int8(  # type: ignore[no-any-return]
-                indices, self.weight_codes, self.kernel_scale, self.kernel_zero
+        arguments = self.stored("weight").kernel_arguments(self)
+        if arguments is not None:
+            return torch.ops.narrowcast.embedding_rows(  # type: ignore[no-any-return]
+                indices, *arguments, self.embedding_dim
             )
-        if self._op == "embedding_int4":
-            return torch.ops.narrowcast.embedding_int4(  # type: ignore[no-any-return]
-                indices, self.weight_codes, self.weight_scale, getattr(self, "weight_zero_point", None),
-                self.stored("weight").group, self.embedding_dim,
-            )  # fmt: skip
         return self._looked_up(indices)
 
     def _looked_up(self, indices: Tensor) -> Tensor:
         record = self.stored("weight").to_record(self)
         flat = indices.reshape(-1)
-        if record.scale is None or isinstance(record.spec.granularity, PerChannel | PerGroup):
-            rows = [None if part is None else part.index_select(0, flat) for part in (record.scale, record.zero_point)]
-            looked_up = QuantizedTensor(_rows(record.codes, flat), rows[0], rows[1], record.spec).dequantize()
+        if record.scale is None:
+            looked_up = QuantizedTensor(_rows(record.codes, flat), None, None, record.spec).dequantize()
         else:
             looked_up = record.dequantize().index_select(0, flat)
         return looked_up.reshape(*indices.shape, self.embedding_dim)

@@ -14,7 +14,7 @@ from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_group_of
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
 from narrowcast.nn.base import QuantizedModule
-
+from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
 _INT8_STATIC = torch.ops.narrowcast.linear_int8_static.default
@@ -134,6 +134,9 @@ class QuantizedLinear(QuantizedModule):
         """See `QuantizedModule`."""
         if self._op is not None:
             return kernel_name(self._op) + ("" if self.fused == "none" else f" with {self.fused}")
+        native = weight_only_kernel(self.stored("weight"))
+        if self.activation.mode == "float" and native is not None:
+            return native
         target = f" in {self.activation.spec}" if self.activation.mode == "cast" else ""
         return f"torch linear{target}, weight dequantized at each call"
 
@@ -159,7 +162,8 @@ class QuantizedLinear(QuantizedModule):
                 x, buffers["kernel_codes"], buffers["kernel_scale"], buffers["kernel_zero_sum"], buffers["bias"],
                 buffers["kernel_input_inverse"], buffers["kernel_input_zero"], own["fused"],
             )  # fmt: skip
-        return FUSED[self.fused](self._float_forward(x))
+        y = weight_only_linear(self, x) if self.activation.mode == "float" else None
+        return FUSED[self.fused](self._float_forward(x)) if y is None else y
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self.activation.mode == "cast":

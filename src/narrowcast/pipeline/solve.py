@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.core import QuantizedTensor, sqnr_db
+from narrowcast.core import QuantizedTensor, all_finite
 from narrowcast.errors import DataError, FormatError, ModelError
-from narrowcast.methods import make_method
+from narrowcast.methods import make_method, weight_sqnr_db
 from narrowcast.models import Layer, TorchModel
 from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
@@ -134,7 +134,7 @@ def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activa
     except (FormatError, ModelError, DataError) as error:
         raise type(error)(f"layer {row.layer.name!r}: {error}") from None
     text = f"{next(iter(row.method))}, {basis}" if row.weight.format.scaled else "cast"
-    return _Solved(record, sqnr_db(weight, record.dequantize()), text, time.perf_counter() - started)
+    return _Solved(record, weight_sqnr_db(weight, record), text, time.perf_counter() - started)
 
 
 def _damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
@@ -152,9 +152,9 @@ def _damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
 
 def check_finite(layer: Layer, weight: Tensor) -> None:
     """Raise ModelError where a weight is NaN or infinite, naming layer and position."""
-    finite = torch.isfinite(weight)
-    if bool(finite.all()):
+    if all_finite(weight):
         return
+    finite = torch.isfinite(weight)
     row, column = (int(i) for i in (~finite).nonzero()[0])
     raise ModelError(
         f"layer {layer.name!r}: weight [{row}, {column}] is {float(weight[row, column])}, and {int((~finite).sum())} "

@@ -1,0 +1,9 @@
+#include "stored_weight.h"
+
+#include "expand_body.inc"
+
+namespace narrowcast {
+
+const ExpandKernels expand_avx2 = {expand};
+
+}  // namespace narrowcast

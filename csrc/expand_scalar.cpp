@@ -1,0 +1,9 @@
+#include "stored_weight.h"
+
+#include "expand_body.inc"
+
+namespace narrowcast {
+
+const ExpandKernels expand_scalar = {expand};
+
+}  // namespace narrowcast
