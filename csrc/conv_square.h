@@ -35,7 +35,8 @@ NC_INLINE void load_square(Square<kKernel, kStride>& square, const int8_t* weigh
 }
 
 template <int kKernel, int kStride>
-NC_INLINE void square_sums(const Square<kKernel, kStride>& square, const uint8_t* words, int64_t row_stride, Int* total) {
+NC_INLINE void square_sums(const Square<kKernel, kStride>& square, const uint8_t* words, int64_t row_stride,
+                           Int* total) {
 #pragma GCC unroll 4
   for (int p = 0; p < square.kPhases; ++p) total[p] = square.start[p];
 #pragma GCC unroll 5

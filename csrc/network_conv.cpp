@@ -117,7 +117,8 @@ void run_dense(const Chunk& chunk, const NetworkStep& step, int64_t part, int64_
   const int64_t total_panels = step.groups * group_panels;
   const int64_t first_panel = by_channels ? total_panels * part / parts : 0;
   const int64_t end_panel = by_channels ? total_panels * (part + 1) / parts : total_panels;
-  const int64_t begin = by_channels ? 0 : pixels * part / parts, end = by_channels ? pixels : pixels * (part + 1) / parts;
+  const int64_t begin = by_channels ? 0 : pixels * part / parts;
+  const int64_t end = by_channels ? pixels : pixels * (part + 1) / parts;
   BlockPixels pixel_block;
   Cursor cursor(begin, views.target);
   for (int64_t at = begin; at < end; at += kBlockPixels) {
@@ -214,7 +215,9 @@ void run_depthwise(const Chunk& chunk, const NetworkStep& step, int64_t part, in
         cursor.y += i;
         const PixelRun run = views.run_at(cursor, target.width);
         const int stride = static_cast<int>(step.stride[1]);
-        if (channels == kLane && chunk.kernels.depthwise_codes(row, layout.square, stride, terms, run.target + c, target.pixel)) {
+        uint8_t* const codes = run.target + c;
+        if (channels == kLane &&
+            chunk.kernels.depthwise_codes(row, layout.square, stride, terms, codes, target.pixel)) {
           continue;
         }
         chunk.conv.depthwise_row(row, layout.square, stride);

@@ -79,7 +79,7 @@ def test_any_window(kind: str, shape: str, every_tier: Tiers) -> None:
         late = [b.value(channels, coded=False) for _ in Activation]
         for activation, floats in zip(Activation, late, strict=True):
             b.conv(x, channels, SHAPES[shape], groups, second=w, activation=activation, floats=floats)
-        b.finish(w, z, *late)
+        b.finish(w, z, b.conv(x, channels, SHAPES[shape], groups), *late)
         assert_every_tier_gives_the_reference(every_tier, b, image(2, channels, 11, 13))
 
 

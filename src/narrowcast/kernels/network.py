@@ -24,21 +24,23 @@ class StepKind(enum.IntEnum):
     `NetworkProgram.constants` from `Step.constants` on in the order given.
 
     QUANTIZE: codes of a float input, source = index of the input. Constants [2]: inverse, zero.
-        code = clamp(round(x * inverse), -zero, 255 - zero) + zero; a value that is not finite raises.
+        code = clamp(round(x * inverse), -zero, 255 - zero) + zero; a value that is not finite raises. The target is a
+        whole buffer.
     CONV: acc = sum over taps and inputs of code * weight (int32); outside the image the code is the source's zero.
         Constants [4]: multiplier, offset, low, high; then, with a second source, [1]: second_multiplier; then, with an
         activation or a float target, [2]: inverse, zero. In this order, every operation rounding to float32:
             y = float(acc) * multiplier + offset
             with a second source: y = y + s * second_multiplier, s = float(code) where that is coded, else its value
             with an activation or a float target: y = activation(y); the float target stores y; y = y * inverse + zero
-            y = min(max(y, low), high); a coded target stores round_half_even(y)
+            y = min(max(y, low), high); a coded target stores round_half_even(y), so its low <= high are in 0..255
         (the zero points of source, second and target are in `offset`; scales of a coded target in all of them). A float
         target is a second, float32 copy of a coded target, for whoever adds or averages the image.
     MAX_POOL: the largest code or value of the window, outside the image excluded; source and target share scales.
     AVERAGE_POOL: Constants [4]: multiplier, offset, low, high.
             y = float(sum of the window) * (1 / count) * multiplier + offset, clamped and rounded as for CONV;
         a coded source is summed in int32 (what lies outside the image counts as the zero point), a float one in
-        float32, row by row. count: all positions of the window, or those inside the image (flag EXCLUDE_PADDING).
+        float32, row by row. count: the window's positions inside the padded image, or inside the image itself
+        (flag EXCLUDE_PADDING).
     ADD: Constants [5]: multiplier, second_multiplier, offset, low, high; then, with an activation or a float target,
         [2]: inverse, zero. y = value * multiplier + second value * second_multiplier + offset, left to right; the rest
         is as for CONV.
@@ -173,7 +175,9 @@ class NetworkProgram:
 
     Args:
         inputs: number of float inputs [batch, channels, height, width]; all have the same batch.
-        buffers, values, steps: see there; a step reads only values that earlier steps wrote.
+        buffers, values, steps: see there; a step reads only channels that earlier steps wrote, and no channel of a
+            buffer is written twice. Where a convolution reads beyond the image, all such readers of a channel agree on
+            its zero point.
         outputs: values that are returned; float ones, each with a buffer of its own.
     """
 
