@@ -96,6 +96,7 @@ void rows_of_columns(const StoredWeight& weight, const float* x, int64_t begin, 
       __m512 partial[kRows];
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) partial[row] = _mm512_setzero_ps();
+      _mm_prefetch(reinterpret_cast<const char*>(codes + block * 2 * fields * kBits + 2048), _MM_HINT_T0);
       const __m512i packed = load_fields<kBits>(codes, weight.row_bytes, block, flip);
       add_fields<kBits, kRows, 0>(packed, table, x + block * block_size, stride, partial);
       if (weight.zero_point != nullptr) {

@@ -134,6 +134,8 @@ void add_columns(const StoredWeight& weight, const float* x, BlockRange range, i
   const WordTables tables(weight);
   const __m512i flip = _mm512_set1_epi8(weight.is_signed ? 0 : static_cast<char>(0x80));
   const auto* bytes = reinterpret_cast<const char*>(x);
+  // what comes next in time: further on in the same memory, or in chunks the same place of the next row
+  const int64_t ahead = range.end - range.begin == range.all ? 2048 : 2 * weight.row_bytes;
   for (int64_t column = begin; column < end; ++column) {
     const uint8_t* codes = weight.codes + column * weight.row_bytes;
     const int64_t first = column * weight.scale_stride;
@@ -144,6 +146,7 @@ void add_columns(const StoredWeight& weight, const float* x, BlockRange range, i
       __m512 partial[kRows][2];
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) partial[row][0] = partial[row][1] = _mm512_setzero_ps();
+      _mm_prefetch(reinterpret_cast<const char*>(codes + block * 2 * fields * kBits + ahead), _MM_HINT_T0);
       const __m512i words = load_words<kBits>(codes, weight.row_bytes, block, flip);
       add_slots<kBits, kRows, kParts, 0>(words, tables, bytes + block * block_bytes, stride * 4, partial);
       if (weight.zero_point != nullptr) {
