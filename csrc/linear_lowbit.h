@@ -47,7 +47,7 @@ struct BlockCursor {
     ++group;
     blocks_left = group_blocks;
   }
-  // `codes` divides every block: 4 or 16.
+  // `codes` divides every block.
   void next_codes(int64_t codes) {
     codes_left -= codes;
     if (codes_left > 0) return;
