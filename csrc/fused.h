@@ -45,7 +45,8 @@ inline Float gated(Float x, Float s) {
   return (x < -100.0f ? Float{} - 100.0f : x) / (1.0f + exponential<Float, Int>(negative));
 }
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|), and Phi(-a) = e^(-a^2 / 2) R(1 / (1 + 0.28 a)) with R fitted to 1.3e-7 relative.
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|), and Phi(-a) = e^(-a^2 / 2) R(1 / (1 + 0.28 a)) with R fitted to 1.3e-7
+// relative.
 template <class Float, class Int>
 inline Float gelu(Float x) {
   const Float a = x < 0.0f ? -x : x;

@@ -1,9 +1,9 @@
 // Low-bit linear tile, AVX2. 16 columns are expanded once into a panel of signed bytes with the zero points subtracted.
 //
-// vpmaddubsw multiplies unsigned by signed bytes and saturates at 32767. With weights of magnitude w the codes 0..255 are its
-// unsigned operand while 2 * 255 * w * RUN fits, where RUN products are summed in int16 before they are widened: 8 bits
-// leave room for w = 64 / RUN. Larger weights (int8, nf4) give their sign to the activation: |w| * (sign(w) a), and
-// 2 * 128 * 127 fits too. Every product is exact.
+// vpmaddubsw multiplies unsigned by signed bytes and saturates at 32767. With weights of magnitude w the codes 0..255
+// are its unsigned operand while 2 * 255 * w * RUN fits, where RUN products are summed in int16 before they are
+// widened: 8 bits leave room for w = 64 / RUN. Larger weights (int8, nf4) give their sign to the activation: |w| *
+// (sign(w) a), and 2 * 128 * 127 fits too. Every product is exact.
 #include "linear_lowbit.h"
 
 #include "fused.h"
@@ -164,8 +164,8 @@ inline __m256i broadcast_four(const uint8_t* codes) {
 // Keeps GCC from turning a chain of additions into a tree, whose leaves it then spills: there are only 16 registers.
 inline void in_register(__m256i* value) { asm("" : "+x"(*value)); }
 
-// Sums of one block of `quads` quads of codes with 16 columns. RUN products are summed in int16; 0 gives the signs of the
-// weights to the activations, which then are signed (128 taken off) and need no starting sum.
+// Sums of one block of `quads` quads of codes with 16 columns. RUN products are summed in int16; 0 gives the signs of
+// the weights to the activations, which then are signed (128 taken off) and need no starting sum.
 template <int ROWS, int RUN>
 inline void block_sums(const uint8_t* codes, int64_t stride, const int8_t* weights, int64_t quads, __m256i (*sums)[2]) {
   constexpr int kStep = RUN > 0 ? RUN : 1;

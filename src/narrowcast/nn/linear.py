@@ -15,7 +15,6 @@ from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_gr
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
 from narrowcast.nn.base import QuantizedModule
 
-
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
 _INT8_STATIC = torch.ops.narrowcast.linear_int8_static.default
 _LOW_BIT_DYNAMIC = torch.ops.narrowcast.linear_lowbit_dynamic.default
