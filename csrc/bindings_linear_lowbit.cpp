@@ -1,4 +1,5 @@
-// Torch binding of the low-bit linear op: packed weights of 2 to 8 bits, activations quantized to int8 per token or per group.
+// Torch binding of the low-bit linear op: packed weights of 2 to 8 bits, activations quantized to int8 per token or per
+// group.
 #include "linear_lowbit.h"
 #include "linear_task.h"
 #include "quantize.h"
@@ -38,8 +39,8 @@ const LowBitFormat& find_format(const std::string& name) {
   fail(kOp, "format '", name, "' is not known; use int2, int3, int4, uint4, int5, int6, int8, nf4 or fp4_e2m1");
 }
 
-// How a row of `depth` inputs is cut: `group` inputs share a weight scale, `input_group` an activation scale, `block` one
-// integer sum.
+// How a row of `depth` inputs is cut: `group` inputs share a weight scale, `input_group` an activation scale, `block`
+// one integer sum.
 struct Cut {
   int64_t group, input_group, block, blocks;
 };
@@ -98,6 +99,11 @@ Arguments read_arguments(const Activations& x, const Tensor& weight, const Tenso
 bool quantize_row(const QuantizeKernels& kernels, const Activations& x, int64_t row, const Cut& cut, int64_t stride,
                   uint8_t* codes, float* scales) {
   const char* values = static_cast<const char*>(x.row(row));
+  if (cut.input_group == kActivationGroup && cut.block == kActivationGroup) {
+    const int64_t written = cut.blocks * kActivationGroup;
+    std::memset(codes + written, 128, static_cast<size_t>(stride - written));
+    return kernels.to_uint8_groups(values, x.type, x.depth, codes, scales);
+  }
   for (int64_t begin = 0; begin < x.depth; begin += cut.input_group) {
     const int64_t count = x.depth - begin < cut.input_group ? x.depth - begin : cut.input_group;
     const void* part = values + begin * float_bytes(x.type);

@@ -1,5 +1,5 @@
-// Linear layers on packed weights of 2 to 8 bits in groups, activations quantized to int8. One problem description and one
-// meaning for every format: a field of the packed row becomes a level, less the zero point it is a signed byte.
+// Linear layers on packed weights of 2 to 8 bits in groups, activations quantized to int8. One problem description and
+// one meaning for every format: a field of the packed row becomes a level, less the zero point it is a signed byte.
 #pragma once
 
 #include "kernels.h"
@@ -34,8 +34,8 @@ struct LowBitLinear {
   FloatType out_type;
 };
 
-// Walks through a row of weights: which block and group comes next. Counting, since a division costs as much as expanding
-// 16 columns.
+// Walks through a row of weights: which block and group comes next. Counting, since a division costs as much as
+// expanding 16 columns.
 struct BlockCursor {
   int64_t block_codes, group_blocks;
   int64_t codes_left = block_codes, blocks_left = group_blocks;
@@ -47,7 +47,7 @@ struct BlockCursor {
     ++group;
     blocks_left = group_blocks;
   }
-  // `codes` divides every block: 4 or 16.
+  // `codes` divides every block.
   void next_codes(int64_t codes) {
     codes_left -= codes;
     if (codes_left > 0) return;

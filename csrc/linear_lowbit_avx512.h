@@ -1,5 +1,5 @@
-// What the two AVX-512 bodies of the low-bit linear share: scales and zero points of 16 columns side by side, levels of packed
-// fields, and the end of a tile.
+// What the two AVX-512 bodies of the low-bit linear share: scales and zero points of 16 columns side by side, levels of
+// packed fields, and the end of a tile.
 #pragma once
 
 #include "linear_lowbit.h"
@@ -100,7 +100,8 @@ inline __m512i level_table(const LowBitLinear& problem) {
 }
 
 // Bias, activation function and conversion of totals[row][kPanelColumns].
-inline void finish(const LowBitLinear& problem, int64_t first_row, int64_t row_count, Range columns, const float* totals) {
+inline void finish(const LowBitLinear& problem, int64_t first_row, int64_t row_count, Range columns,
+                   const float* totals) {
   for (int64_t column = columns.begin; column < columns.end; column += 16) {
     const __mmask16 mask = lanes16(columns.end - column);
     const __m512 bias =

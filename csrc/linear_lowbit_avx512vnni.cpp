@@ -1,8 +1,8 @@
 // Low-bit linear tile, AVX-512 VNNI: more than two rows (fewer: linear_lowbit_few_avx512vnni.cpp).
 //
-// 32 columns are expanded once into a panel of signed bytes with the zero points already subtracted. The
-// activation codes, which have 128 added, are then the unsigned operand, and every int32 sum starts at -128 times the sum
-// of its block's weights. So one inner loop serves every format, and a zero point costs nothing in it.
+// 32 columns are expanded once into a panel of signed bytes with the zero points already subtracted. The activation
+// codes, which have 128 added, are then the unsigned operand, and every int32 sum starts at -128 times the sum of its
+// block's weights. So one inner loop serves every format, and a zero point costs nothing in it.
 #include "linear_lowbit_avx512.h"
 
 namespace narrowcast {
@@ -62,8 +62,8 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
   }
 }
 
-// The same for nibbles, 128 codes at a time: two fields of a byte are transposed together. Every 8 codes of the panel are the
-// even ones, then the odd ones.
+// The same for nibbles, 128 codes at a time: two fields of a byte are transposed together. Every 8 codes of the panel
+// are the even ones, then the odd ones.
 template <bool LEVELS>
 __attribute__((noinline)) void expand_nibbles(const LowBitLinear& problem, int64_t column, int64_t count, Panel panel) {
   const __m512i table = level_table(problem), low = _mm512_set1_epi8(15);
@@ -122,7 +122,8 @@ Expand expand_body(const LowBitLinear& problem) {
   }
 }
 
-// ROWS rows with the 32 columns of the panel: float totals into out[row][32]. A block is `repeats` times QUADS * 4 codes.
+// ROWS rows with the 32 columns of the panel: float totals into out[row][32]. A block is `repeats` times QUADS * 4
+// codes.
 template <int ROWS, int QUADS>
 __attribute__((noinline)) void panel_rows(const LowBitLinear& problem, int64_t row, Panel panel, float* out) {
   const int64_t stride = problem.code_stride, blocks = problem.blocks, repeats = problem.block / (4 * QUADS);

@@ -53,9 +53,13 @@ inline __m256 load_scales(const LowBitLinear& problem, int64_t index, int64_t co
 }
 
 inline __m256i load_zero_points(const LowBitLinear& problem, int64_t index, int64_t count) {
+  const uint8_t* source = problem.zero_point + index;
   uint8_t bytes[8] = {};
-  memcpy(bytes, problem.zero_point + index, static_cast<size_t>(smaller(count, 8)));
-  const __m256i values = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  if (count < 8) {
+    memcpy(bytes, source, static_cast<size_t>(count));
+    source = bytes;
+  }
+  const __m256i values = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
   const __m256i low_bits = _mm256_and_si256(values, _mm256_set1_epi32((1 << problem.bits) - 1));
   return _mm256_mullo_epi32(low_bits, _mm256_set1_epi32(0x01010101));
 }
@@ -106,15 +110,19 @@ __attribute__((noinline)) void expand_weights(const LowBitLinear& problem, int64
       tile[c] = levels32<BITS, LEVELS>(unpack32<BITS>(row, problem.row_bytes, k), table);
     }
     transpose_dwords8(tile);
-#pragma GCC unroll 8
-    for (int quad = 0; quad < 8; ++quad) {
-      if (k + 4 * quad >= depth) break;
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {  // 16 codes each: never in two blocks
+      if (k + 16 * part >= depth) break;
       const __m256i zero_point = problem.zero_point != nullptr
                                      ? _mm256_load_si256(vector_at(panel.zero_points + cursor.group * kPanelColumns))
                                      : constant;
-      _mm256_store_si256(vector_at(panel.weights + (k + 4 * quad) * kPanelColumns),
-                         _mm256_sub_epi8(tile[quad], zero_point));
-      cursor.next_codes(4);
+      int8_t* target = panel.weights + (k + 16 * part) * kPanelColumns;
+#pragma GCC unroll 4
+      for (int quad = 0; quad < 4; ++quad) {
+        _mm256_store_si256(vector_at(target + quad * 4 * kPanelColumns),
+                           _mm256_sub_epi8(tile[4 * part + quad], zero_point));
+      }
+      cursor.next_codes(16);
     }
   }
 }
@@ -179,8 +187,8 @@ inline void block_sums(const uint8_t* codes, int64_t stride, const int8_t* weigh
 // Keeps GCC from turning a chain of additions into a tree, whose leaves it then spills: there are only 16 registers.
 inline void in_register(__m256i* value) { asm("" : "+x"(*value)); }
 
-// Sums of one block of `quads` quads of codes with 16 columns. RUN products are summed in int16; 0 gives the signs of the
-// weights to the activations, which then are signed (128 taken off) and need no starting sum.
+// Sums of one block of `quads` quads of codes with 16 columns. RUN products are summed in int16; 0 gives the signs of
+// the weights to the activations, which then are signed (128 taken off) and need no starting sum.
 template <int ROWS, int RUN>
 inline void block_sums(const uint8_t* codes, int64_t stride, const int8_t* weights, int64_t quads, __m256i (*sums)[2]) {
   constexpr int kStep = RUN > 0 ? RUN : 1;

@@ -1,5 +1,5 @@
-// Low-bit linear, AVX-512 VNNI, one or two rows: 16 stored weight rows at a time along K, expanded in registers. The levels
-// are the unsigned operand of vpdpbusd; sums over blocks come from a transposition.
+// Low-bit linear, AVX-512 VNNI, one or two rows: 16 stored weight rows at a time along K, expanded in registers. The
+// levels are the unsigned operand of vpdpbusd; sums over blocks come from a transposition.
 //
 // The time goes into reading the weights. A row is too short for the processor to find out that it is read in order, so
 // the rows of the next 16 columns are prefetched meanwhile.
@@ -8,8 +8,8 @@
 namespace narrowcast {
 namespace {
 
-// What the columns share: signed codes in the order in which the levels come, sums over blocks (times the zero point where
-// all blocks have the same).
+// What the columns share: signed codes in the order in which the levels come, sums over blocks (times the zero point
+// where all blocks have the same).
 struct Row {
   const int8_t* codes;
   const int32_t* code_sums;

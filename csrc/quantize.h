@@ -25,9 +25,9 @@ struct QuantizeKernels {
   bool (*to_uint8_channels)(const void* x, FloatType type, int64_t count, const float* inverse,
                             const int32_t* zero_point, uint8_t* codes);
 
-  // Symmetric int8 per group of 32 of one row. Writes ceil(count / 32) groups: 32 codes each (the 16 even elements,
-  // then the 16 odd ones, zeros past the end), their scale and their sum. False when a value is not finite.
-  bool (*to_int8_groups)(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums);
+  // Symmetric int8 per group of 32 of one row, with 128 added. Writes ceil(count / 32) groups: 32 codes each (128 past the
+  // end) and their scale. False when a value is not finite.
+  bool (*to_uint8_groups)(const void* x, FloatType type, int64_t count, uint8_t* codes, float* scales);
 };
 
 extern const QuantizeKernels quantize_scalar;

@@ -116,9 +116,7 @@ bool channels_of(const void* x, int64_t count, const float* inverse, const int32
 }
 
 template <FloatType type>
-bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
-  const __m256i evens_first = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+bool uint8_groups_of(const void* x, int64_t count, uint8_t* codes, float* scales) {
   for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
     __m256 values[4];
     __m256i largest = _mm256_setzero_si256();
@@ -134,12 +132,8 @@ bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, 
     __m256i steps[4];
     for (int part = 0; part < 4; ++part) steps[part] = _mm256_cvtps_epi32(_mm256_mul_ps(values[part], inverse));
     const __m256i bytes = NARROWCAST_PACK32(_mm256_packs_epi16, steps[0], steps[1], steps[2], steps[3]);
-    const __m256i split = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, evens_first), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), split);
-    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(steps[0], steps[1]), _mm256_add_epi32(steps[2], steps[3]));
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    *sums++ = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+    const __m256i shifted = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), shifted);
     *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
   }
   return true;
@@ -170,14 +164,14 @@ bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float
   return channels_of<FloatType::float16>(x, count, inverse, zero_point, codes);
 }
 
-bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
-  if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
-  if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
-  return int8_groups_of<FloatType::float16>(x, count, codes, scales, sums);
+bool to_uint8_groups(const void* x, FloatType type, int64_t count, uint8_t* codes, float* scales) {
+  if (type == FloatType::float32) return uint8_groups_of<FloatType::float32>(x, count, codes, scales);
+  if (type == FloatType::bfloat16) return uint8_groups_of<FloatType::bfloat16>(x, count, codes, scales);
+  return uint8_groups_of<FloatType::float16>(x, count, codes, scales);
 }
 
 }  // namespace
 
-const QuantizeKernels quantize_avx2 = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_avx2 = {absmax_bits, range, to_uint8, to_uint8_channels, to_uint8_groups};
 
 }  // namespace narrowcast

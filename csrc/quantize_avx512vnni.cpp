@@ -105,10 +105,7 @@ bool channels_of(const void* x, int64_t count, const float* inverse, const int32
 }
 
 template <FloatType type>
-bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
-  // Even elements of each lane to its low half; then the two low halves together.
-  const __m256i evens_first = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+bool uint8_groups_of(const void* x, int64_t count, uint8_t* codes, float* scales) {
   for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
     const __m512 low = load16<type>(x, start, lanes16(count - start));
     const __m512 high = load16<type>(x, start + 16, lanes16(count - start - 16));
@@ -120,10 +117,9 @@ bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, 
     const __m512i low_codes = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
     const __m512i high_codes = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
     const __m256i joined = _mm256_set_m128i(_mm512_cvtepi32_epi8(high_codes), _mm512_cvtepi32_epi8(low_codes));
-    const __m256i split = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(joined, evens_first), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), split);
+    const __m256i shifted = _mm256_xor_si256(joined, _mm256_set1_epi8(-128));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), shifted);
     *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
-    *sums++ = _mm512_reduce_add_epi32(_mm512_add_epi32(low_codes, high_codes));
   }
   return true;
 }
@@ -153,14 +149,14 @@ bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float
   return channels_of<FloatType::float16>(x, count, inverse, zero_point, codes);
 }
 
-bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
-  if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
-  if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
-  return int8_groups_of<FloatType::float16>(x, count, codes, scales, sums);
+bool to_uint8_groups(const void* x, FloatType type, int64_t count, uint8_t* codes, float* scales) {
+  if (type == FloatType::float32) return uint8_groups_of<FloatType::float32>(x, count, codes, scales);
+  if (type == FloatType::bfloat16) return uint8_groups_of<FloatType::bfloat16>(x, count, codes, scales);
+  return uint8_groups_of<FloatType::float16>(x, count, codes, scales);
 }
 
 }  // namespace
 
-const QuantizeKernels quantize_avx512vnni = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_avx512vnni = {absmax_bits, range, to_uint8, to_uint8_channels, to_uint8_groups};
 
 }  // namespace narrowcast

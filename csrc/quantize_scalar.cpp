@@ -51,7 +51,7 @@ bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float
   return finite;
 }
 
-bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+bool to_uint8_groups(const void* x, FloatType type, int64_t count, uint8_t* codes, float* scales) {
   for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
     const int64_t length = count - start < kActivationGroup ? count - start : kActivationGroup;
     float values[kActivationGroup] = {};
@@ -60,20 +60,16 @@ bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes,
     if (bits >= kNonFiniteBits) return false;
     const bool zero = bits < kSmallestRangeBits;
     const float inverse = zero ? 0.0f : 127.0f / bits_to_float(bits);
-    int32_t sum = 0;
     for (int64_t index = 0; index < kActivationGroup; ++index) {
-      const auto code = static_cast<int32_t>(lrintf(values[index] * inverse));
-      codes[(index >> 1) + 16 * (index & 1)] = static_cast<int8_t>(code);
-      sum += code;
+      codes[index] = static_cast<uint8_t>(lrintf(values[index] * inverse) + 128);
     }
     *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
-    *sums++ = sum;
   }
   return true;
 }
 
 }  // namespace
 
-const QuantizeKernels quantize_scalar = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_scalar = {absmax_bits, range, to_uint8, to_uint8_channels, to_uint8_groups};
 
 }  // namespace narrowcast

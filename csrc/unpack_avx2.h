@@ -47,6 +47,19 @@ inline __m256i spread_lanes32(__m256i lanes) {
 template <int BITS>
 inline __m256i unpack32(const uint8_t* row, int64_t row_bytes, int64_t first) {
   const int64_t offset = first / 8 * BITS, left = row_bytes - offset;
+  if constexpr (BITS == 4) {  // a byte to a word, its high nibble to the word's high byte
+    if (left >= 16) {
+      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + offset)));
+      return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    }
+  }
+  if constexpr (BITS == 2) {  // a byte to a dword, two fields and then one to each byte
+    if (left >= 8) {
+      const __m256i fours = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + offset)));
+      const __m256i halves = _mm256_or_si256(fours, _mm256_slli_epi32(fours, 12));
+      return _mm256_and_si256(_mm256_or_si256(halves, _mm256_slli_epi32(halves, 6)), _mm256_set1_epi8(3));
+    }
+  }
   if (left >= 2 * BITS + 16) return spread_lanes32<BITS>(load_lanes32<BITS>(row + offset));
   uint8_t padded[32] = {};
   if (left > 0) memcpy(padded, row + offset, static_cast<size_t>(left < 4 * BITS ? left : 4 * BITS));

@@ -55,8 +55,8 @@ inline __m512i spread64(__m512i packed) {
   return _mm512_and_si512(both, mask);
 }
 
-// Codes first .. first + 63 of a packed row as unsigned fields; `first` is a multiple of 64. What lies behind the end of
-// the row reads as zero.
+// Codes first .. first + 63 of a packed row as unsigned fields; `first` is a multiple of 64. What lies behind the end
+// of the row reads as zero.
 template <int BITS>
 inline __m512i unpack64(const uint8_t* row, int64_t row_bytes, int64_t first) {
   const int64_t offset = first / 8 * BITS;

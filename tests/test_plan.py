@@ -167,8 +167,8 @@ def test_a_rule_that_matches_nothing_is_an_error_with_what_there_is(rules: list[
 
 IMPOSSIBLE = [
     ("up", {"weight": "int8/asym", "input": "int8/token"}, "linear layers run with 'int8/channel'"),
-    ("up", {"weight": "int8/group32", "input": "int8/token"}, "linear layers run with"),
-    ("up", {"weight": "nf4/group32", "input": "int8/token"}, "or leave input out to multiply in float"),
+    ("down", {"weight": "int8/group24", "input": "int8/token"}, "linear layers run with"),
+    ("up", {"weight": "nf4/group32/scale:int8", "input": "int8/token"}, "or leave input out to multiply in float"),
     ("up", {"weight": "int4/group32", "input": "uint8/tensor"}, "linear layers run with"),
     ("down", {"weight": "int4/group24", "input": "int8/token"}, "linear layers run with"),
     ("up", {"weight": "fp16", "input": "int8/token"}, "linear layers run with"),

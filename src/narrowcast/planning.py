@@ -203,9 +203,8 @@ def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:
         remedy = "convolutions run with weight 'int8/channel' and input 'int8/token' or 'uint8/tensor static:...'"
     else:
         remedy = (
-            "linear layers run with 'int8/channel' and any of these inputs, or with 'int8/token' and weights in int2 to "
-            "int6 (symmetric or asymmetric), nf4, fp4_e2m1 or symmetric int8, per channel or in groups of a multiple of "
-            "16, scales in fp16 or fp32"
+            "linear layers run with 'int8/channel' and any of these inputs, or with 'int8/token' and int2..int6, nf4, "
+            "fp4_e2m1 or symmetric int8 per channel or in groups of a multiple of 16, with scales in fp16 or fp32"
         )
     return (
         f"layer {layer.name!r} ({layer.type}): no integer kernel multiplies weights in {str(spec)!r} with inputs in "

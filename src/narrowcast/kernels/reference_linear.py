@@ -1,7 +1,7 @@
-"""Pure torch bodies of the linear ops: int8 weights per channel, and packed weights of 2 to 8 bits in groups, activations quantized to int8.
+"""Pure torch bodies of the linear ops: int8 weights per channel, and packed weights of 2 to 8 bits in groups.
 
-They define what the native kernels must compute, bit for bit up to the fused activation function, which they approximate
-to 2e-7 + 1e-6 * |y|.
+They define what the native kernels must compute, bit for bit, but for the fused activation functions, which the kernels
+approximate to 2e-7 + 1e-6 * |y|.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "silu": functional.silu,
 }
-"""Activation functions that the linear ops apply to their result in float32, before it is rounded to the output's dtype."""
+"""Activation functions that the linear ops apply in float32, before the result is rounded to the output's dtype."""
 
 LEVEL_FACTORS = {"nf4": 127.0, "fp4_e2m1": 2.0}
-"""What the levels of a codebook are multiplied with to be small integers. Exact for fp4; nf4 is rounded (numerics.md)."""
+"""What the levels of a codebook are multiplied with to be small integers: exact for fp4, nf4 is then rounded."""
 
 LOW_BIT_FORMATS = ("int2", "int3", "int4", "uint4", "int5", "int6", "int8", *LEVEL_FACTORS)
 """Weight formats of the op."""
@@ -50,7 +50,7 @@ def apply_fused(op: str, rows: Tensor, fused: str) -> Tensor:
 def input_group_of(group: int, columns: int) -> int:
     """Inputs that share a scale, for weights of which `group` of `columns` share one.
 
-    As many as the weights', but at least 32 and at most 128; one scale per token where a whole row of weights shares one.
+    As many as the weights', but at least 32 and at most 128; all where a whole row of weights shares a scale.
     """
     return columns if group >= columns else max(32, math.gcd(group, 128))
 
@@ -78,7 +78,7 @@ def linear_lowbit_dynamic(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
     format: str, group: int, input_group: int, fused: str = "none",
 ) -> Tensor:  # fmt: skip
-    """Linear layer with packed weights and activations quantized to int8 per token, or per token and group, as they come.
+    """Linear layer with packed weights and activations quantized to int8 per token and group as they come.
 
     Args:
         x:           [..., K] float32, bfloat16 or float16.

@@ -110,13 +110,14 @@ class QuantizedLinear(QuantizedModule):
 
     def config(self) -> dict[str, Any]:
         """See `InstalledModule`."""
-        return {
+        values = {
             "spec": str(self.stored("weight").spec),
             "shape": [self.out_features, self.in_features],
             "activation": self.input_ranges().to_dict(),
             "bias": self.bias is not None,
-            "fused": self.fused,
         }
+        # left out where there is none, as in checkpoints from before there were any
+        return values if self.fused == "none" else values | {"fused": self.fused}
 
     def prepare_(self) -> None:
         """Row sums and flat scales for the int8 kernels; the codes themselves are used as they are stored."""
