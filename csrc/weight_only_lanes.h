@@ -72,7 +72,7 @@ struct LaneScales {
 inline void add_rest(const StoredWeight& weight, int64_t column, int64_t begin, const float* x, int64_t stride,
                      int64_t rows, float* sums) {
   float values[256];
-  kExpandTiers.tier[static_cast<int>(Isa::avx512vnni)]->expand(weight, column, begin, weight.columns - begin, values);
+  expand_avx512vnni.expand(weight, column, begin, weight.columns - begin, values);
   for (int64_t row = 0; row < rows; ++row) {
     float sum = 0.0f;
     for (int64_t at = 0; at < weight.columns - begin; ++at) sum += values[at] * x[row * stride + at];
