@@ -97,7 +97,7 @@ bool uint8_of(const void* x, int64_t count, const Ranges& ranges, uint8_t* codes
 }
 
 template <FloatType type>
-bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
+bool groups_of(const void* x, int64_t count, uint8_t* codes, float* scales) {
   for (int64_t start = 0; start < count; start += kActivationGroup, codes += kActivationGroup) {
     float32x4_t values[8];
     uint32x4_t largest = vdupq_n_u32(0);
@@ -110,19 +110,13 @@ bool int8_groups_of(const void* x, int64_t count, int8_t* codes, float* scales, 
     if (bits >= kNonFiniteBits) return false;
     const bool zero = bits < kSmallestRangeBits;
     const float32x4_t inverse = vdupq_n_f32(zero ? 0.0f : 127.0f / bits_to_float(bits));
-    int32x4_t sum = vdupq_n_s32(0);
     int16x4_t steps[8];
-    for (int part = 0; part < 8; ++part) {
-      const int32x4_t step = vcvtnq_s32_f32(vmulq_f32(values[part], inverse));
-      sum = vaddq_s32(sum, step);
-      steps[part] = vmovn_s32(step);
-    }
+    for (int part = 0; part < 8; ++part) steps[part] = vmovn_s32(vcvtnq_s32_f32(vmulq_f32(values[part], inverse)));
     int8x8_t bytes[4];
     for (int part = 0; part < 4; ++part) bytes[part] = vmovn_s16(vcombine_s16(steps[2 * part], steps[2 * part + 1]));
-    const int8x16_t low = vcombine_s8(bytes[0], bytes[1]), high = vcombine_s8(bytes[2], bytes[3]);
-    vst1q_s8(codes, vuzp1q_s8(low, high));
-    vst1q_s8(codes + 16, vuzp2q_s8(low, high));
-    *sums++ = vaddvq_s32(sum);
+    const uint8x16_t middle = vdupq_n_u8(128);  // adding 128 to a byte flips its top bit
+    vst1q_u8(codes, veorq_u8(vreinterpretq_u8_s8(vcombine_s8(bytes[0], bytes[1])), middle));
+    vst1q_u8(codes + 16, veorq_u8(vreinterpretq_u8_s8(vcombine_s8(bytes[2], bytes[3])), middle));
     *scales++ = zero ? 1.0f : bits_to_float(bits) / 127.0f;
   }
   return true;
@@ -158,14 +152,14 @@ bool to_uint8_channels(const void* x, FloatType type, int64_t count, const float
   return any_uint8(x, type, count, ChannelRanges{inverse, zero_point}, codes);
 }
 
-bool to_int8_groups(const void* x, FloatType type, int64_t count, int8_t* codes, float* scales, int32_t* sums) {
-  if (type == FloatType::float32) return int8_groups_of<FloatType::float32>(x, count, codes, scales, sums);
-  if (type == FloatType::bfloat16) return int8_groups_of<FloatType::bfloat16>(x, count, codes, scales, sums);
-  return int8_groups_of<FloatType::float16>(x, count, codes, scales, sums);
+bool to_uint8_groups(const void* x, FloatType type, int64_t count, uint8_t* codes, float* scales) {
+  if (type == FloatType::float32) return groups_of<FloatType::float32>(x, count, codes, scales);
+  if (type == FloatType::bfloat16) return groups_of<FloatType::bfloat16>(x, count, codes, scales);
+  return groups_of<FloatType::float16>(x, count, codes, scales);
 }
 
 }  // namespace
 
-const QuantizeKernels quantize_neondot = {absmax_bits, range, to_uint8, to_uint8_channels, to_int8_groups};
+const QuantizeKernels quantize_neondot = {absmax_bits, range, to_uint8, to_uint8_channels, to_uint8_groups};
 
 }  // namespace narrowcast
