@@ -7,6 +7,6 @@
 namespace narrowcast {
 
 // The codes of a signed format of `bits` bits; raises for widths and scale formats that do not exist.
-CodeRange code_range(int64_t bits, bool symmetric, int64_t scale_format, const char* op);
+CodeBounds code_range(int64_t bits, bool symmetric, int64_t scale_format, const char* op);
 
 }  // namespace narrowcast

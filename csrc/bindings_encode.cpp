@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight, int64_t
   constexpr const char* op = "quantize_weight";
   check_tensor(weight, ScalarType::Float, 2, op, "weight");
   const Groups layout(weight, group, op);
-  const CodeRange range = code_range(bits, symmetric, scale_format, op);
+  const CodeBounds range = code_range(bits, symmetric, scale_format, op);
   const Contiguous values(weight);
   const int64_t sizes[] = {layout.rows, layout.columns}, parts[] = {layout.rows, layout.count};
   const int64_t zero_parts[] = {symmetric ? 0 : layout.rows, symmetric ? 0 : layout.count};
@@ -63,7 +63,7 @@ Tensor encode_weight(const Tensor& weight, const Tensor& scale, const std::optio
   constexpr const char* op = "encode_weight";
   check_tensor(weight, ScalarType::Float, 2, op, "weight");
   const Groups layout(weight, group, op);
-  const CodeRange range = code_range(bits, !zero_point.has_value(), 0, op);
+  const CodeBounds range = code_range(bits, !zero_point.has_value(), 0, op);
   layout.check(scale, ScalarType::Float, op, "scale");
   if (zero_point.has_value()) layout.check(*zero_point, ScalarType::Int, op, "zero_point");
   const Contiguous values(weight), scales(scale), zeros = zero_point ? Contiguous(*zero_point) : Contiguous();
@@ -169,7 +169,7 @@ Tensor unpack_codes(const Tensor& packed, int64_t bits, int64_t offset, int64_t 
 
 }  // namespace
 
-CodeRange code_range(int64_t bits, bool symmetric, int64_t scale_format, const char* op) {
+CodeBounds code_range(int64_t bits, bool symmetric, int64_t scale_format, const char* op) {
   NARROWCAST_CHECK(bits >= 2 && bits <= 8 && bits != 7, op, "bits must be 2..6 or 8, got ", bits);
   NARROWCAST_CHECK(scale_format >= 0 && scale_format <= 2, op, "scale_format must be in 0..2, got ", scale_format);
   const auto high = static_cast<float>((1 << (bits - 1)) - 1);

@@ -11,7 +11,7 @@ struct Weight {
   const float* values;      // [rows, columns]
   const float* importance;  // [columns] or null
   int64_t rows, columns, group, groups;
-  CodeRange range;
+  CodeBounds range;
   int64_t refinements;
 
   // Blocks first .. first + 15 in the order of rows and their groups, zeros behind the end of a row and of the weight.
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> search_range(const Tensor& weight, const std::optiona
   const int64_t rows = weight.size(0), columns = weight.size(1);
   // a row shorter than a group is one block of its own length: what is filled up with zeros adds in another order
   const int64_t group = columns > 0 && columns < group_size ? columns : group_size, groups = divide_up(columns, group);
-  const CodeRange range = code_range(bits, symmetric, scale_format, op);
+  const CodeBounds range = code_range(bits, symmetric, scale_format, op);
   const Contiguous values(weight), weights(importance, columns, op, "importance");
   const int64_t parts[] = {rows, groups}, zero_parts[] = {symmetric ? 0 : rows, symmetric ? 0 : groups};
   Tensor scale = empty_tensor(parts, 2, FloatType::float32), zero_point = empty_tensor(zero_parts, 2, ScalarType::Int);

@@ -10,7 +10,7 @@ namespace narrowcast {
 enum class ScaleFormat : int { fp32 = 0, fp16 = 1, e8m0 = 2 };
 
 // The codes of a signed integer format.
-struct CodeRange {
+struct CodeBounds {
   float low, high;   // the codes in use: -127..127 when symmetric, -128..127 when not
   bool symmetric;
   ScaleFormat scale;
@@ -19,11 +19,11 @@ struct CodeRange {
 struct EncodeKernels {
   // Scale and zero point of every group of one row. A group with a value that is not finite, or whose scale does not
   // fit its format, gets a scale that is not finite.
-  void (*choose)(const float* values, int64_t columns, int64_t group, const CodeRange& range, float* scale,
+  void (*choose)(const float* values, int64_t columns, int64_t group, const CodeBounds& range, float* scale,
                  int32_t* zero_point);
 
   // codes = clamp(rne(value / scale) + zero_point); zero_point is null when symmetric.
-  void (*encode)(const float* values, int64_t columns, int64_t group, const CodeRange& range, const float* scale,
+  void (*encode)(const float* values, int64_t columns, int64_t group, const CodeBounds& range, const float* scale,
                  const int32_t* zero_point, int8_t* codes);
 
   // Adds the row's sum of value^2 and of (value - decoded)^2.

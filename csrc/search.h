@@ -10,7 +10,7 @@ struct SearchProblem {
   const float* values;      // [elements, 16]
   const float* importance;  // [elements, 16], or null for 1 everywhere
   int64_t elements;
-  CodeRange range;
+  CodeBounds range;
   int64_t refinements;
   float* scratch;           // [3, elements, 16]
 };
