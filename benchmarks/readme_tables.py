@@ -147,6 +147,46 @@ def latency(document: Row) -> str:
     )
 
 
+PEERS = ("torch float32", "ONNX Runtime float32", "ONNX Runtime int8", "OpenVINO int8")
+
+
+def best_peer(contenders: Row, peer: str) -> Row | None:
+    """The contender of a peer; of several forms of int8 the fastest."""
+    runtime, _, what = peer.partition(" int8")
+    if peer == runtime + what:
+        return contenders.get(peer)
+    found = [row for name, row in contenders.items() if name.startswith(runtime) and "int8" in name]
+    return min(found, key=lambda row: row["median_ms"], default=None)
+
+
+def timed_with_error(row: Row | None) -> str | None:
+    """A median and, where something was lost, the relative error of the outputs."""
+    if row is None:
+        return None
+    error = f" ({100 * row['relative_error']:.1f} %)" if row["relative_error"] > 1e-4 else ""
+    return f"{row['median_ms']:.3g}{error}"
+
+
+def networks(document: Row) -> str:
+    """One table: whole networks beside other runtimes, at the largest number of threads."""
+    rows = document.get("rows", ())
+    threads = max((int(row["threads"]) for row in rows), default=0)
+    cells = []
+    for row in (row for row in rows if int(row["threads"]) == threads):
+        ours = [row["contenders"].get(f"narrowcast {preset}") for preset in ("static-int8", "dynamic-int8")]
+        peers = [timed_with_error(best_peer(row["contenders"], peer)) for peer in PEERS]
+        cells.append([f"{row['model']} {row['shape']}", *peers, timed_with_error(ours[0] or ours[1])])
+    return "\n\n".join(
+        (
+            f"**Milliseconds per call**, {threads} threads, and in brackets the error of the outputs relative to "
+            "float32's. narrowcast is called from eager PyTorch with the static-int8 preset (minilm: dynamic-int8), "
+            "the runtimes with a compiled graph of exactly this shape.",
+            table(("model", *PEERS, "narrowcast"), cells),
+            source(document, "networks"),
+        )
+    )
+
+
 def sizes(document: Row) -> str:
     """One table: bytes in percent of float32, and how much sooner the first answer is there."""
     models = by_model(document.get("rows", ()), "variant")
@@ -174,6 +214,7 @@ def _size(row: Row | None) -> str | None:
 SECTIONS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "accuracy": ("### Accuracy", accuracy),
     "latency": ("### Latency", latency),
+    "networks": ("### Beside other runtimes", networks),
     "sizes": ("### Size and time to the first answer", sizes),
 }
 
@@ -193,7 +234,7 @@ def filled(readme: str, folder: Path) -> str:
 
     Args:
         readme: its text; has the two markers, in this order.
-        folder: where accuracy.json, latency.json and sizes.json lie.
+        folder: where accuracy.json, latency.json and the others lie.
 
     Raises:
         ValueError: a marker is missing.
