@@ -53,7 +53,7 @@ void test_encode(Random& random) {
   const int bits = kBits[random.between(0, 5)];
   const bool symmetric = random.chance(50);
   const auto half = static_cast<float>(1 << (bits - 1));
-  const CodeRange range{symmetric ? 1.0f - half : -half, half - 1.0f, symmetric,
+  const CodeBounds range{symmetric ? 1.0f - half : -half, half - 1.0f, symmetric,
                         static_cast<ScaleFormat>(random.between(0, 2))};
   Buffer<float> values(columns);
   values.fill([&] { return random.value(); });
