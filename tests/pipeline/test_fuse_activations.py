@@ -81,6 +81,18 @@ def test_a_watched_activation_stays() -> None:
     assert fused_of(result.model) == {"gate": "silu"}
 
 
+class HalfGelu(nn.GELU):
+    """Looks like GELU and is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def test_an_activation_of_a_derived_class_stays() -> None:
+    result = nc.quantize(Block(HalfGelu()).eval(), "dynamic-int8", [rows()], progress=False)
+    assert fused_of(result.model) == {"gate": "silu"}
+
+
 def test_a_kept_layer_takes_nothing_in() -> None:
     recipe = {
         "rule": [{"layers": "up", "keep": "as it is"}, {"weight": "int8/channel", "input": "int8/token"}],

@@ -22,7 +22,7 @@ def activation_name(module: nn.Module) -> str:
     """The function that a module applies, as linear layers know it; "" where they do not."""
     if module._forward_hooks or module._forward_pre_hooks:
         return ""  # somebody wants to see this very call
-    if isinstance(module, nn.GELU):
+    if type(module) is nn.GELU:  # a subclass may compute something else
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if type(module) in (nn.ReLU, nn.SiLU):
         return "relu" if type(module) is nn.ReLU else "silu"

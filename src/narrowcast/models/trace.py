@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -155,11 +155,3 @@ def _value(entry: Any) -> Any:
     if entry is None or isinstance(entry, bool | int | float | str):
         return entry
     raise _UntraceableError(f"an argument is a {type(entry).__name__}, which flows do not hold")
-
-
-def calls_of(flows: dict[str, Flow]) -> Iterator[tuple[str, str, FlowNode]]:
-    """(path of the flow, path of the module in the whole model, node) of every module call."""
-    for path, flow in flows.items():
-        for node in flow.nodes:
-            if node.kind == "module":
-                yield path, f"{path}.{node.target}" if path else node.target, node
