@@ -14,20 +14,26 @@ namespace {
 struct Int8Arguments {
   Contiguous weight, scale, offset, bias;
   int64_t columns;
+  bool interleaved;
 };
 
 Int8Arguments read_int8(const Activations& x, const Tensor& weight, const Tensor& scale, const Tensor& offset,
                         const char* offset_name, const std::optional<Tensor>& bias, const char* op) {
-  check_tensor(weight, ScalarType::Char, 2, op, "weight");
-  const int64_t columns = weight.size(0);
-  NARROWCAST_CHECK(weight.size(1) == x.depth, op, "x has ", x.depth, " input features, weight has ", weight.size(1));
+  check_tensor(scale, ScalarType::Float, 1, op, "scale");
+  const int64_t columns = scale.size(0);
+  const bool interleaved = weight.dim() == 4;
+  check_tensor(weight, ScalarType::Char, interleaved ? 4 : 2, op, "weight");
+  if (interleaved) {
+    check_interleaved(weight, {columns, x.depth, 8}, op);
+  } else {
+    NARROWCAST_CHECK(weight.size(1) == x.depth, op, "x has ", x.depth, " input features, weight has ", weight.size(1));
+    check_length(scale, weight.size(0), op, "scale");
+  }
   // 255 * 128 * depth must fit in int32.
   NARROWCAST_CHECK(x.depth <= 65536, op, "more than 65536 input features overflow the int32 sums");
-  check_tensor(scale, ScalarType::Float, 1, op, "scale");
-  check_length(scale, columns, op, "scale");
   check_tensor(offset, ScalarType::Int, 1, op, offset_name);
   check_length(offset, columns, op, offset_name);
-  return {Contiguous(weight), Contiguous(scale), Contiguous(offset), Contiguous(bias, columns, op, "bias"), columns};
+  return {Contiguous(weight), Contiguous(scale), Contiguous(offset), Contiguous(bias, columns, op, "bias"), columns, interleaved};
 }
 
 // What quantizing one row gives besides its codes.
@@ -55,7 +61,7 @@ Tensor run_int8(const Activations& x, const Int8Arguments& arguments, const std:
     row_offset[row] = terms.offset;
     return finite;
   });
-  const Int8Linear problem = {codes,
+  Int8Linear problem = {codes,
                               stride,
                               row_scale,
                               row_offset,
@@ -69,6 +75,16 @@ Tensor run_int8(const Activations& x, const Int8Arguments& arguments, const std:
                               columns,
                               x.type};
   const LinearKernels& kernels = kLinearTiers.active();
+  if (arguments.interleaved && kernels.int8_interleaved != nullptr) {
+    for_each_tile(x.rows, columns, parallel,
+                  [&](Range rows, Range part) { kernels.int8_interleaved(problem, rows, part); });
+    return out;
+  }
+  if (arguments.interleaved) {
+    auto* stored = static_cast<uint8_t*>(workspace(Slot::extra, columns * x.depth));
+    restore_rows({columns, x.depth, 8}, reinterpret_cast<const uint8_t*>(problem.weight), stored);
+    problem.weight = reinterpret_cast<const int8_t*>(stored);
+  }
   const int64_t scratch = kernels.int8_scratch(x.depth);
   for_each_tile(x.rows, columns, parallel, [&](Range rows, Range part) {
     kernels.int8_tile(problem, rows, part, workspace(Slot::panel, scratch));

@@ -63,36 +63,66 @@ Cut cut_depth(int64_t depth, int64_t group, int64_t input_group) {
 struct Arguments {
   Contiguous weight, scale, zero_point, bias;
   int64_t columns, row_bytes, groups;
-  bool scale_is_half;
+  bool scale_is_half, interleaved;
 };
+
+// Checks the scales or zero points [columns, groups], or [panels, groups, 16] beside an interleaved weight.
+void check_groups(const Tensor& tensor, const Arguments& sizes, const char* name) {
+  const int64_t panels = divide_up(sizes.columns, kInterleavedRows);
+  if (sizes.interleaved) {
+    NARROWCAST_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == panels &&
+                         tensor.size(1) == sizes.groups && tensor.size(2) == kInterleavedRows,
+                     kOp, name, " must have shape [", panels, ", ", sizes.groups, ", ", kInterleavedRows, "], got ",
+                     shape_text(tensor));
+  } else {
+    NARROWCAST_CHECK(
+        tensor.is_cpu() && tensor.dim() == 2 && tensor.size(0) == sizes.columns && tensor.size(1) == sizes.groups, kOp,
+        name, " must have shape [", sizes.columns, ", ", sizes.groups, "], got ", shape_text(tensor));
+  }
+}
 
 Arguments read_arguments(const Activations& x, const Tensor& weight, const Tensor& scale,
                          const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias, int64_t group,
-                         int64_t bits) {
-  check_tensor(weight, bits == 8 ? ScalarType::Char : ScalarType::Byte, 2, kOp, "weight");
-  const int64_t columns = weight.size(0), row_bytes = divide_up(x.depth * bits, 8), groups = divide_up(x.depth, group);
-  NARROWCAST_CHECK(weight.size(1) == row_bytes, kOp, "x has ", x.depth, " input features, weight has rows of ",
-                   weight.size(1), " bytes");
+                         int64_t bits, int64_t columns) {
+  Arguments result{};
+  result.interleaved = weight.dim() == 4;
+  check_tensor(weight, bits == 8 ? ScalarType::Char : ScalarType::Byte, result.interleaved ? 4 : 2, kOp, "weight");
+  result.columns = result.interleaved ? columns : weight.size(0);
+  result.row_bytes = divide_up(x.depth * bits, 8), result.groups = divide_up(x.depth, group);
+  if (result.interleaved) {
+    check_interleaved(weight, {columns, x.depth, bits}, kOp);
+  } else {
+    NARROWCAST_CHECK(weight.size(1) == result.row_bytes, kOp, "x has ", x.depth,
+                     " input features, weight has rows of ", weight.size(1), " bytes");
+    NARROWCAST_CHECK(columns == 0 || columns == result.columns, kOp, "columns is ", columns, ", the weight has ",
+                     result.columns, " rows");
+  }
   // 255 * 128 * depth must fit in int32.
   NARROWCAST_CHECK(x.depth <= 65536, kOp, "more than 65536 input features overflow the int32 sums");
-  const bool half = scale.scalar_type() == ScalarType::Half;
-  if (!half) check_tensor(scale, ScalarType::Float, 2, kOp, "scale");
-  NARROWCAST_CHECK(scale.is_cpu() && scale.dim() == 2 && scale.size(0) == columns && scale.size(1) == groups, kOp,
-                   "scale must have shape [", columns, ", ", groups, "], got ", shape_text(scale));
+  result.scale_is_half = scale.scalar_type() == ScalarType::Half;
+  if (!result.scale_is_half) check_tensor(scale, ScalarType::Float, result.interleaved ? 3 : 2, kOp, "scale");
+  check_groups(scale, result, "scale");
   if (zero_point.has_value()) {
     NARROWCAST_CHECK(bits < 8, kOp, "int8 weights take no zero_point");
-    check_tensor(*zero_point, ScalarType::Byte, 2, kOp, "zero_point");
-    NARROWCAST_CHECK(zero_point->size(0) == columns && zero_point->size(1) == groups, kOp,
-                     "zero_point must have shape [", columns, ", ", groups, "], got ", shape_text(*zero_point));
+    check_tensor(*zero_point, ScalarType::Byte, result.interleaved ? 3 : 2, kOp, "zero_point");
+    check_groups(*zero_point, result, "zero_point");
+    result.zero_point = Contiguous(*zero_point);
   }
-  return {Contiguous(weight),
-          Contiguous(scale),
-          zero_point.has_value() ? Contiguous(*zero_point) : Contiguous(),
-          Contiguous(bias, columns, kOp, "bias"),
-          columns,
-          row_bytes,
-          groups,
-          half};
+  result.weight = Contiguous(weight), result.scale = Contiguous(scale);
+  result.bias = Contiguous(bias, result.columns, kOp, "bias");
+  return result;
+}
+
+// Copies an interleaved weight back into the stored layout, for a tier that reads no other.
+void restore(LowBitLinear* problem, int64_t columns) {
+  const int64_t scale_bytes = problem->scale_is_half ? 2 : 4, values = columns * problem->groups;
+  auto* scale = static_cast<char*>(workspace(Slot::extra, (scale_bytes + 1) * values + columns * problem->row_bytes));
+  auto* zero_point = reinterpret_cast<uint8_t*>(scale + scale_bytes * values);
+  restore_groups(columns, problem->groups, scale_bytes, problem->scale, scale);
+  if (problem->zero_point != nullptr) restore_groups(columns, problem->groups, 1, problem->zero_point, zero_point);
+  restore_rows({columns, problem->depth, problem->bits}, problem->weight, zero_point + values);
+  problem->scale = scale, problem->weight = zero_point + values;
+  if (problem->zero_point != nullptr) problem->zero_point = zero_point;
 }
 
 // Codes and block scales of one row; false where a value is not finite.
@@ -120,23 +150,26 @@ bool quantize_row(const QuantizeKernels& kernels, const Activations& x, int64_t 
 
 Tensor linear_lowbit_dynamic(const Tensor& x_tensor, const Tensor& weight, const Tensor& scale,
                              const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias,
-                             std::string format_name, int64_t group, int64_t input_group, std::string fused) {
+                             std::string format_name, int64_t group, int64_t input_group, std::string fused,
+                             int64_t columns) {
   const Activations x(x_tensor, kOp);
   const LowBitFormat& format = find_format(format_name);
   const Cut cut = cut_depth(x.depth, group, input_group);
   NARROWCAST_CHECK(format.levels == nullptr || !zero_point.has_value(), kOp, format.name, " takes no zero_point");
-  const Arguments arguments = read_arguments(x, weight, scale, zero_point, bias, group, format.bits);
+  const Arguments arguments = read_arguments(x, weight, scale, zero_point, bias, group, format.bits, columns);
   const Fused activation = find_fused(fused, kOp);
   Tensor out = x.empty_output(arguments.columns);
   if (x.rows == 0 || arguments.columns == 0) return out;
   const int64_t stride = round_up(cut.blocks * cut.block, 64);
   const bool parallel = is_parallel(x.rows, arguments.columns, x.depth);
-  auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 4 * cut.blocks) + 64));
+  auto* codes = static_cast<uint8_t*>(workspace(Slot::codes, x.rows * (stride + 8 * cut.blocks) + 64));
   auto* code_scales = reinterpret_cast<float*>(codes + x.rows * stride);
-  const LowBitLinear problem = {.rows = x.rows,
+  auto* code_sums = reinterpret_cast<int32_t*>(code_scales + x.rows * cut.blocks);
+  LowBitLinear problem = {.rows = x.rows,
                                 .codes = codes,
                                 .code_stride = stride,
                                 .code_scales = code_scales,
+                                .code_sums = code_sums,
                                 .weight = arguments.weight.data<uint8_t>(),
                                 .row_bytes = arguments.row_bytes,
                                 .bits = format.bits,
@@ -157,13 +190,26 @@ Tensor linear_lowbit_dynamic(const Tensor& x_tensor, const Tensor& weight, const
                                 .out_stride = arguments.columns,
                                 .out_type = x.type};
   const LowBitKernels& kernels = kLowBitTiers.active();
+  const bool interleaved =
+      arguments.interleaved && kernels.interleaved_tile != nullptr && cut.block % kChunk == 0;
+  if (arguments.interleaved && !interleaved) restore(&problem, arguments.columns);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
   quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, kOp, [&](int64_t row) {
     uint8_t* row_codes = codes + row * stride;
-    if (!quantize_row(quantize, x, row, cut, stride, row_codes, code_scales + row * cut.blocks)) return false;
+    float* row_scales = code_scales + row * cut.blocks;
+    if (interleaved) {
+      return kernels.interleaved_row(problem, x.row(row), x.type, cut.input_group, row_codes, row_scales,
+                                     code_sums + row * cut.blocks);
+    }
+    if (!quantize_row(quantize, x, row, cut, stride, row_codes, row_scales)) return false;
     if (kernels.order_row != nullptr) kernels.order_row(problem, row_codes);
     return true;
   });
+  if (interleaved) {
+    for_each_tile(x.rows, arguments.columns, parallel,
+                  [&](Range rows, Range part) { kernels.interleaved_tile(problem, rows, part); });
+    return out;
+  }
   const int64_t scratch = kernels.scratch(problem);
   for_each_tile(x.rows, arguments.columns, parallel, [&](Range rows, Range part) {
     kernels.tile(problem, rows, part, workspace(Slot::panel, scratch));

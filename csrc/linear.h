@@ -16,7 +16,7 @@ struct Int8Linear {
   int64_t code_stride;        // a multiple of 64, >= depth; what lies behind `depth` does not matter
   const float* row_scale;     // [rows]
   const int32_t* row_offset;  // [rows] the zero point where a row has one, 1 where `offset` holds it
-  const int8_t* weight;       // [columns, depth]
+  const int8_t* weight;       // [columns, depth], or interleaved (see interleaved.h)
   const float* scale;         // [columns]
   const int32_t* offset;      // [columns] what zero points add to the sums, divided by row_offset
   const float* bias;          // [columns] or null
@@ -35,6 +35,8 @@ struct LinearKernels {
   // Computes the given rows and columns of the output; `scratch` has int8_scratch(depth) bytes, 64-byte aligned.
   void (*int8_tile)(const Int8Linear& problem, Range rows, Range columns, void* scratch);
   int64_t (*int8_scratch)(int64_t depth);
+  // The same for interleaved weights, without scratch; null where a tier has no body for them.
+  void (*int8_interleaved)(const Int8Linear& problem, Range rows, Range columns) = nullptr;
 };
 
 // Columns per task: a multiple of every tier's register tile, so that a task boundary never splits one.
@@ -48,6 +50,7 @@ void int8_tile_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns
 void int8_tile_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_neondot(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_neoni8mm(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns);
 int64_t int8_scratch_scalar(int64_t depth);
 int64_t int8_scratch_avx2(int64_t depth);
 int64_t int8_scratch_avxvnni(int64_t depth);
@@ -60,7 +63,8 @@ constexpr LinearKernels kLinearScalar = {int8_tile_scalar, int8_scratch_scalar};
 constexpr LinearKernels kLinearAvx2 = {int8_tile_avx2, int8_scratch_avx2};
 constexpr LinearKernels kLinearAvxVnni = {int8_tile_avxvnni, int8_scratch_avxvnni};
 constexpr LinearKernels kLinearAvxVnniEvex = {int8_tile_avxvnni_evex, int8_scratch_avxvnni_evex};
-constexpr LinearKernels kLinearAvx512 = {int8_tile_avx512vnni, int8_scratch_avx512vnni};
+constexpr LinearKernels kLinearAvx512 = {int8_tile_avx512vnni, int8_scratch_avx512vnni,
+                                       int8_interleaved_avx512vnni};
 constexpr LinearKernels kLinearNeonDot = {int8_tile_neondot, int8_scratch_neondot};
 constexpr LinearKernels kLinearNeonI8mm = {int8_tile_neoni8mm, int8_scratch_neoni8mm};
 constexpr Tiers<LinearKernels> kLinearTiers = {

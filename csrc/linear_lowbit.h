@@ -15,7 +15,9 @@ struct LowBitLinear {
   const uint8_t* codes;       // [rows, code_stride]; 128, the code of 0, behind depth
   int64_t code_stride;        // blocks * block rounded up to 64
   const float* code_scales;   // [rows, blocks]
-  const uint8_t* weight;      // [columns, row_bytes], fields of `bits` bits as a little-endian stream
+  const int32_t* code_sums;   // [rows, blocks] what `interleaved_row` wrote; null for stored weights
+  const uint8_t* weight;      // [columns, row_bytes], fields of `bits` bits as a little-endian stream; or interleaved,
+                              // and then `scale` and `zero_point` are, too (see interleaved.h)
   int64_t row_bytes;
   int64_t bits;               // 2, 3, 4, 5, 6, 8; fields of 8 bits have their top bit flipped
   const uint8_t* levels;      // [16] level of each 4-bit field, or null where a field is its level
@@ -62,6 +64,12 @@ struct LowBitKernels {
   // Computes the given rows and columns of the output; `scratch` has scratch(problem) bytes, 64-byte aligned.
   void (*tile)(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
   int64_t (*scratch)(const LowBitLinear& problem);
+  // For interleaved weights in blocks of a multiple of 32, both null where a tier has no body for them. A row of `x`
+  // becomes signed codes up to the end of its last chunk, the scales of its blocks, and minus the sums of its blocks,
+  // times `zero` where that is the zero point; false when a value is not finite. The tile needs no scratch.
+  bool (*interleaved_row)(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
+                          uint8_t* codes, float* scales, int32_t* sums) = nullptr;
+  void (*interleaved_tile)(const LowBitLinear& problem, Range rows, Range columns) = nullptr;
 };
 
 void lowbit_tile_scalar(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
@@ -72,6 +80,9 @@ void lowbit_tile_avx512vnni(const LowBitLinear& problem, Range rows, Range colum
 void lowbit_tile_neondot(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_tile_neoni8mm(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_order_row_avx512vnni(const LowBitLinear& problem, uint8_t* codes);
+bool lowbit_interleaved_row_avx512vnni(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
+                                       uint8_t* codes, float* scales, int32_t* sums);
+void lowbit_interleaved_avx512vnni(const LowBitLinear& problem, Range rows, Range columns);
 int64_t lowbit_scratch_scalar(const LowBitLinear& problem);
 int64_t lowbit_scratch_avx2(const LowBitLinear& problem);
 int64_t lowbit_scratch_avxvnni(const LowBitLinear& problem);
@@ -85,7 +96,8 @@ constexpr LowBitKernels kLowBitAvx2 = {nullptr, lowbit_tile_avx2, lowbit_scratch
 constexpr LowBitKernels kLowBitAvxVnni = {nullptr, lowbit_tile_avxvnni, lowbit_scratch_avxvnni};
 constexpr LowBitKernels kLowBitAvxVnniEvex = {nullptr, lowbit_tile_avxvnni_evex, lowbit_scratch_avxvnni_evex};
 constexpr LowBitKernels kLowBitAvx512 = {lowbit_order_row_avx512vnni, lowbit_tile_avx512vnni,
-                                         lowbit_scratch_avx512vnni};
+                                         lowbit_scratch_avx512vnni, lowbit_interleaved_row_avx512vnni,
+                                         lowbit_interleaved_avx512vnni};
 constexpr LowBitKernels kLowBitNeonDot = {nullptr, lowbit_tile_neondot, lowbit_scratch_neondot};
 constexpr LowBitKernels kLowBitNeonI8mm = {nullptr, lowbit_tile_neoni8mm, lowbit_scratch_neoni8mm};
 constexpr Tiers<LowBitKernels> kLowBitTiers = {

@@ -99,7 +99,8 @@ inline __m512i level_table(const LowBitLinear& problem) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(problem.levels)));
 }
 
-// Bias, activation function and conversion of totals[row][kPanelColumns].
+// Bias, activation function and conversion of totals[row][STRIDE].
+template <int64_t STRIDE>
 inline void finish(const LowBitLinear& problem, int64_t first_row, int64_t row_count, Range columns,
                    const float* totals) {
   for (int64_t column = columns.begin; column < columns.end; column += 16) {
@@ -107,7 +108,7 @@ inline void finish(const LowBitLinear& problem, int64_t first_row, int64_t row_c
     const __m512 bias =
         problem.bias != nullptr ? _mm512_maskz_loadu_ps(mask, problem.bias + column) : _mm512_setzero_ps();
     for (int64_t r = 0; r < row_count; ++r) {
-      __m512 value = _mm512_load_ps(totals + r * kPanelColumns + (column - columns.begin));
+      __m512 value = _mm512_load_ps(totals + r * STRIDE + (column - columns.begin));
       if (problem.bias != nullptr) value = _mm512_add_ps(value, bias);
       value = (__m512)fuse<Float16, Int16>(problem.fused, (Float16)value);
       store16(problem.out, problem.out_type, (first_row + r) * problem.out_stride + column, mask, value);

@@ -207,7 +207,7 @@ void many_rows(const LowBitLinear& problem, Range rows, Range columns, void* scr
     for (int64_t step = 0; step < steps; ++step) {  // rows shared out evenly: 16 = 6 + 5 + 5
       const int64_t count = total / steps + (step < total % steps ? 1 : 0);
       kernels[count - 1](problem, row, panel, totals);
-      finish(problem, row, count, part, totals);
+      finish<kPanelColumns>(problem, row, count, part, totals);
       row += count;
     }
   }

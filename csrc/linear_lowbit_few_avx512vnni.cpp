@@ -187,7 +187,7 @@ void lowbit_few_rows_avx512vnni(const LowBitLinear& problem, Range rows, Range c
           totals[c] = lanes[c];
         }
       }
-      finish(problem, rows.begin + r, 1, {start, start + count}, totals);
+      finish<kPanelColumns>(problem, rows.begin + r, 1, {start, start + count}, totals);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "float_types.h"
+#include "interleaved.h"
 #include "linear.h"
 
 namespace narrowcast {
@@ -56,6 +57,15 @@ void quantize_rows(const Activations& x, bool parallel, const char* op, const Qu
     }
   });
   NARROWCAST_CHECK(bad.load() == x.rows, op, "Non-finite value in row ", bad.load(), " of x");
+}
+
+// Checks that a tensor of four dimensions has the sizes of an interleaved weight.
+inline void check_interleaved(const Tensor& weight, const Interleaved& layout, const char* op) {
+  const bool fits = weight.size(0) == layout.panels() && weight.size(1) == layout.chunks() &&
+                    weight.size(2) == layout.bits && weight.size(3) == kUnitBytes;
+  NARROWCAST_CHECK(fits, op, "an interleaved weight of ", layout.rows, " rows and ", layout.columns,
+                   " columns of ", layout.bits, " bits has shape [", layout.panels(), ", ", layout.chunks(), ", ",
+                   layout.bits, ", ", kUnitBytes, "], got ", shape_text(weight));
 }
 
 // Splits [rows, columns] of the output into tiles of at most kColumnTile columns and runs them on all threads.

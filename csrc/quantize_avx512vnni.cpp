@@ -27,81 +27,104 @@ uint32_t absmax_of(const void* x, int64_t count) {
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest[0]));
 }
 
+// Finds NaNs and infinities: their product with 0 is a NaN, and a NaN in a sum stays.
+struct FiniteCheck {
+  __m512 sum = _mm512_setzero_ps();
+
+  void add(__m512 value) { sum = _mm512_fmadd_ps(value, _mm512_setzero_ps(), sum); }
+  bool passed() const { return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) == 0; }
+};
+
 template <FloatType type>
 bool range_of(const void* x, int64_t count, float* low, float* high) {
-  __m512 least[2] = {}, most[2] = {};
-  __m512i largest[2] = {};
-  for (int64_t index = 0; index < count; index += 32) {
-    for (int part = 0; part < 2; ++part) {
-      const int64_t at = index + 16 * part;
-      const __m512 value = load16<type>(x, at, lanes16(count - at));
+  __m512 least[4] = {}, most[4] = {};
+  FiniteCheck check[2];
+  int64_t index = 0;
+  for (; index + 64 <= count; index += 64) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const __m512 value = load16<type>(x, index + 16 * part, 0xffff);
       least[part] = _mm512_min_ps(least[part], value);
       most[part] = _mm512_max_ps(most[part], value);
-      largest[part] = _mm512_max_epi32(largest[part], magnitude_bits(value));
+      check[part % 2].add(value);
     }
   }
-  *low = _mm512_reduce_min_ps(_mm512_min_ps(least[0], least[1]));
-  *high = _mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1]));
-  const __m512i both = _mm512_max_epi32(largest[0], largest[1]);
-  return static_cast<uint32_t>(_mm512_reduce_max_epi32(both)) < kNonFiniteBits;
+  for (; index < count; index += 16) {
+    const __m512 value = load16<type>(x, index, lanes16(count - index));
+    least[0] = _mm512_min_ps(least[0], value);
+    most[0] = _mm512_max_ps(most[0], value);
+    check[0].add(value);
+  }
+  *low = _mm512_reduce_min_ps(_mm512_min_ps(_mm512_min_ps(least[0], least[1]), _mm512_min_ps(least[2], least[3])));
+  *high = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
+  return check[0].passed() && check[1].passed();
 }
 
-struct Uint8Step {
-  __m512 inverse, low, high;
-  __m512i zero_point, largest;
+// Packs works inside 128-bit lanes: this restores the order of the 16 dwords. Saturates to 0..255.
+inline __m512i pack64(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+}
 
-  __m512i codes(__m512 value) {
-    largest = _mm512_max_epi32(largest, magnitude_bits(value));
-    const __m512 step = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(value, inverse), low), high);
-    return _mm512_add_epi32(_mm512_cvtps_epi32(step), zero_point);
-  }
-};
+// rne(value * inverse) + zero_point, saturated to 0..255 by what packs it. Only steps too large for an int32 have to be
+// bounded before: too small ones become INT_MIN, which stays negative.
+inline __m512i step_of(__m512 value, __m512 inverse, __m512i zero_point) {
+  const __m512 step = _mm512_min_ps(_mm512_mul_ps(value, inverse), _mm512_set1_ps(256.0f));
+  return _mm512_add_epi32(_mm512_cvtps_epi32(step), zero_point);
+}
+
+inline void store_codes(uint8_t* codes, __mmask16 mask, __m512i steps) {
+  _mm512_mask_cvtusepi32_storeu_epi8(codes, mask, _mm512_max_epi32(steps, _mm512_setzero_si512()));
+}
 
 template <FloatType type>
 bool uint8_of(const void* x, int64_t count, float inverse, int32_t zero_point, uint8_t* codes) {
-  Uint8Step step = {_mm512_set1_ps(inverse), _mm512_set1_ps(static_cast<float>(-zero_point)),
-                    _mm512_set1_ps(static_cast<float>(255 - zero_point)), _mm512_set1_epi32(zero_point),
-                    _mm512_setzero_si512()};
-  // packs works inside 128-bit lanes: this permutation restores the order of the 16 dwords.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512 factor = _mm512_set1_ps(inverse);
+  const __m512i zero = _mm512_set1_epi32(zero_point);
+  FiniteCheck check[2];
   int64_t index = 0;
   for (; index + 64 <= count; index += 64) {
-    const __m512i first = _mm512_packs_epi32(step.codes(load16<type>(x, index, 0xffff)),
-                                             step.codes(load16<type>(x, index + 16, 0xffff)));
-    const __m512i second = _mm512_packs_epi32(step.codes(load16<type>(x, index + 32, 0xffff)),
-                                              step.codes(load16<type>(x, index + 48, 0xffff)));
-    _mm512_storeu_si512(codes + index, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second)));
+    __m512i steps[4];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const __m512 value = load16<type>(x, index + 16 * part, 0xffff);
+      check[part % 2].add(value);
+      steps[part] = step_of(value, factor, zero);
+    }
+    _mm512_storeu_si512(codes + index, pack64(steps[0], steps[1], steps[2], steps[3]));
   }
   for (; index < count; index += 16) {
     const __mmask16 mask = lanes16(count - index);
-    _mm512_mask_cvtepi32_storeu_epi8(codes + index, mask, step.codes(load16<type>(x, index, mask)));
+    const __m512 value = load16<type>(x, index, mask);
+    check[0].add(value);
+    store_codes(codes + index, mask, step_of(value, factor, zero));
   }
-  return static_cast<uint32_t>(_mm512_reduce_max_epi32(step.largest)) < kNonFiniteBits;
+  return check[0].passed() && check[1].passed();
 }
-
-// Every channel its own step. Codes beyond -255..255 are beyond 0..255 with any zero point: packing saturates them.
-struct ChannelStep {
-  const float* inverse;
-  const int32_t* zero_point;
-  __m512i largest;
-
-  __m512i codes(__m512 value, int64_t index, __mmask16 mask) {
-    largest = _mm512_max_epi32(largest, magnitude_bits(value));
-    const __m512 scaled = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, inverse + index));
-    const __m512 step = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-255.0f)), _mm512_set1_ps(255.0f));
-    return _mm512_add_epi32(_mm512_cvtps_epi32(step), _mm512_maskz_loadu_epi32(mask, zero_point + index));
-  }
-};
 
 template <FloatType type>
 bool channels_of(const void* x, int64_t count, const float* inverse, const int32_t* zero_point, uint8_t* codes) {
-  ChannelStep step = {inverse, zero_point, _mm512_setzero_si512()};
-  for (int64_t index = 0; index < count; index += 16) {
-    const __mmask16 mask = lanes16(count - index);
-    const __m512i values = step.codes(load16<type>(x, index, mask), index, mask);
-    _mm512_mask_cvtusepi32_storeu_epi8(codes + index, mask, _mm512_max_epi32(values, _mm512_setzero_si512()));
+  FiniteCheck check[2];
+  int64_t index = 0;
+  for (; index + 64 <= count; index += 64) {
+    __m512i steps[4];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const int64_t at = index + 16 * part;
+      const __m512 value = load16<type>(x, at, 0xffff);
+      check[part % 2].add(value);
+      steps[part] = step_of(value, _mm512_loadu_ps(inverse + at), _mm512_loadu_si512(zero_point + at));
+    }
+    _mm512_storeu_si512(codes + index, pack64(steps[0], steps[1], steps[2], steps[3]));
   }
-  return static_cast<uint32_t>(_mm512_reduce_max_epi32(step.largest)) < kNonFiniteBits;
+  for (; index < count; index += 16) {
+    const __mmask16 mask = lanes16(count - index);
+    const __m512 value = load16<type>(x, index, mask);
+    check[0].add(value);
+    store_codes(codes + index, mask, step_of(value, _mm512_maskz_loadu_ps(mask, inverse + index),
+                                             _mm512_maskz_loadu_epi32(mask, zero_point + index)));
+  }
+  return check[0].passed() && check[1].passed();
 }
 
 template <FloatType type>

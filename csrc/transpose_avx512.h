@@ -29,6 +29,24 @@ inline __m512i sum_lanes(const __m512i* a) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
 }
 
+// Lane i of the result is the largest of the 16 lanes of a[i], as signed numbers.
+inline __m512i max_lanes(const __m512i* a) {
+  __m512i quads[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i first = _mm512_max_epi32(_mm512_unpacklo_epi32(a[4 * i], a[4 * i + 1]),
+                                           _mm512_unpackhi_epi32(a[4 * i], a[4 * i + 1]));
+    const __m512i second = _mm512_max_epi32(_mm512_unpacklo_epi32(a[4 * i + 2], a[4 * i + 3]),
+                                            _mm512_unpackhi_epi32(a[4 * i + 2], a[4 * i + 3]));
+    quads[i] = _mm512_max_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  }
+  const __m512i low = _mm512_max_epi32(_mm512_shuffle_i32x4(quads[0], quads[1], 0x88),
+                                       _mm512_shuffle_i32x4(quads[0], quads[1], 0xdd));
+  const __m512i high = _mm512_max_epi32(_mm512_shuffle_i32x4(quads[2], quads[3], 0x88),
+                                        _mm512_shuffle_i32x4(quads[2], quads[3], 0xdd));
+  return _mm512_max_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+}
+
 // 4 x 4 transposition of 128-bit lanes: lane i of lanes[l] becomes lane l of quads[i].
 inline void transpose_lanes(const __m512i* quads, __m512i* lanes) {
   const __m512i even_low = _mm512_shuffle_i32x4(quads[0], quads[1], 0x88);

@@ -110,6 +110,7 @@ void same_on_every_tier(const std::string& what, int64_t bytes, const Body& body
 void test_quantize(Random& random);
 void test_linear_int8(Random& random);
 void test_linear_lowbit(Random& random);
+void test_interleaved(Random& random);
 void test_expand(Random& random);
 void test_encode(Random& random);
 void test_conv(Random& random);

@@ -24,6 +24,7 @@ struct Test {
 constexpr Test kTests[] = {
     {"quantize", test_quantize, 1000},         {"linear_int8", test_linear_int8, 500},
     {"linear_lowbit", test_linear_lowbit, 500},    {"expand", test_expand, 1000},
+    {"interleaved", test_interleaved, 500},
     {"convolution", test_conv, 500},           {"recurrent", test_recurrent, 100},
     {"network", test_network, 1000},           {"encode", test_encode, 1000},
 };

@@ -37,6 +37,7 @@ class Op:
         fake:      returns empty tensors of the right shape, dtype and strides without looking at values.
         tiers:     tiers that have a body of their own; a tier without one runs the next lower one of
                    its processor family.
+        interleaved: tiers whose body also takes interleaved weights, and is faster on them.
     """
 
     name: str
@@ -44,3 +45,4 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     tiers: tuple[str, ...] = TIERS
+    interleaved: tuple[str, ...] = ()

@@ -79,4 +79,13 @@ def kernel_name(op: str) -> str:
     return f"{op}[{next(tier for tier in lower_tiers(capability().isa) if tier in row.tiers)}]"
 
 
+def reads_interleaved(op: str) -> bool:
+    """Whether the tier in use has a body of this operator for interleaved weights.
+
+    Args:
+        op: a name in OPS.
+    """
+    return not missing_library() and capability().isa in OPS[op].interleaved
+
+
 _load()

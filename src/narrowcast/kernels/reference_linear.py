@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrowcast.core import FORMATS, unpack
+from narrowcast.kernels.interleave import is_interleaved, restore, restore_groups
 from narrowcast.kernels.op import Op
 from narrowcast.kernels.reference import (
     add_bias,
@@ -61,22 +62,42 @@ def block_of(group: int, input_group: int, columns: int) -> int:
     return math.gcd(128, *sizes) if sizes else max(columns, 1)
 
 
+def _levels_and_scale(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, name: str, group: int, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The integers [N, K] that the kernels multiply and the scales [N, groups], from either layout."""
+    if not is_interleaved(weight):
+        return integer_levels(weight, zero_point, name, group, shape[1]), scale
+    number = FORMATS[name]
+    codes = restore(weight, *shape)
+    if number.kind == "int" and number.bits < 8:
+        codes = (codes.to(torch.int16) + int(number.low)).to(number.storage)
+    zero_point = None if zero_point is None else restore_groups(zero_point, shape[0])
+    return levels_of_codes(codes, zero_point, name, group), restore_groups(scale, shape[0])
+
+
 def integer_levels(weight: Tensor, zero_point: Tensor | None, name: str, group: int, columns: int) -> Tensor:
     """Signed integers [N, columns] that the kernels multiply: code minus zero point, or a rounded level."""
     number = FORMATS[name]
     codes = unpack(weight, number, columns) if number.bits < 8 else weight
+    return levels_of_codes(codes, zero_point, name, group)
+
+
+def levels_of_codes(codes: Tensor, zero_point: Tensor | None, name: str, group: int) -> Tensor:
+    """The same from codes [N, columns] that are not packed."""
+    number = FORMATS[name]
     if name in LEVEL_FACTORS:
         return torch.round(number.decode(codes) * LEVEL_FACTORS[name]).to(torch.int16)
     levels = codes.to(torch.int16)
     if zero_point is None:
         return levels
     zero = (zero_point & (2**number.bits - 1)).to(torch.int16) + int(number.low)
-    return levels - zero.repeat_interleave(group, dim=1)[:, :columns]
+    return levels - zero.repeat_interleave(group, dim=1)[:, : codes.shape[1]]
 
 
 def linear_lowbit_dynamic(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    format: str, group: int, input_group: int, fused: str = "none",
+    format: str, group: int, input_group: int, fused: str = "none", columns: int = 0,
 ) -> Tensor:  # fmt: skip
     """Linear layer with packed weights and activations quantized to int8 per token and group as they come.
 
@@ -91,6 +112,7 @@ def linear_lowbit_dynamic(
         group:       weights that share a scale: a multiple of 16, or at least K.
         input_group: inputs that share a scale: likewise.
         fused:       a name in FUSED.
+        columns:     N where weight, scale and zero_point are interleaved (`narrowcast.kernels.interleave`), else 0.
 
     Returns:
         y: [..., N] in x's dtype: fused of the float32 sum, over blocks in ascending order, of
@@ -103,19 +125,24 @@ def linear_lowbit_dynamic(
     if format not in LOW_BIT_FORMATS:
         raise RuntimeError(f"narrowcast.{op}: format '{format}' is not known; use {', '.join(LOW_BIT_FORMATS)}")
     rows = finite_rows(op, x)
-    columns = rows.shape[1]
-    levels = integer_levels(weight, zero_point, format, group, columns)
+    depth = rows.shape[1]
+    levels, scale = _levels_and_scale(weight, scale, zero_point, format, group, (columns, depth))
     factor = torch.tensor(1.0, device=x.device) / LEVEL_FACTORS.get(format, 1.0)
     scales = scale.float() * factor
-    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    block = block_of(group, input_group, columns)
-    for begin in range(0, columns, input_group):
+    total = torch.zeros(rows.shape[0], levels.shape[0], dtype=torch.float32, device=x.device)
+    block = block_of(group, input_group, depth)
+    for begin in range(0, depth, input_group):
         codes, row_scale = quantize_rows(rows[:, begin : begin + input_group])
         for start in range(0, codes.shape[1], block):
             part = codes[:, start : start + block]
             product = integer_product(part, levels[:, begin + start : begin + start + part.shape[1]]).float()
             total = total + (product * scales[:, (begin + start) // group]) * row_scale[:, None]
     return round_to(apply_fused(op, add_bias(total, bias), fused), x)
+
+
+def _int8_rows(weight: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    """An int8 weight [N, K] from either layout."""
+    return restore(weight, scale.shape[0], rows.shape[1]) if is_interleaved(weight) else weight
 
 
 def linear_int8_dynamic(
@@ -131,7 +158,7 @@ def linear_int8_dynamic(
 
     Args:
         x:          [..., K] float32, bfloat16 or float16.
-        weight:     [N, K] int8.
+        weight:     [N, K] int8, or the same interleaved (`narrowcast.kernels.interleave`).
         scale:      [N] float32, weight units per code step.
         weight_sum: [N] int32, the sum of each weight row.
         bias:       [N] float, or None.
@@ -145,6 +172,7 @@ def linear_int8_dynamic(
         RuntimeError: x holds a NaN or an infinity.
     """
     rows = finite_rows("linear_int8_dynamic", x)
+    weight = _int8_rows(weight, scale, rows)
     if symmetric:
         codes, row_scale = quantize_rows(rows)
         product = integer_product(codes, weight)
@@ -169,7 +197,7 @@ def linear_int8_static(
 
     Args:
         x:                [..., K] float32, bfloat16 or float16.
-        weight:           [N, K] int8.
+        weight:           [N, K] int8, or the same interleaved (`narrowcast.kernels.interleave`).
         scale:            [N] float32, output units per integer: weight scale times input scale. Where every channel has
             its own input scale, the caller has folded those into the weight, and this is the weight scale alone.
         zero_sum:         [N] int32, the sum over k of input_zero_point[k] * weight[n, k].
@@ -185,15 +213,25 @@ def linear_int8_static(
         RuntimeError: x holds a NaN or an infinity.
     """
     rows = finite_rows("linear_int8_static", x)
+    weight = _int8_rows(weight, scale, rows)
     codes = (torch.round(rows * input_inverse) + input_zero_point).clamp(0, 255)
     product = integer_product(codes, weight) - zero_sum
     rows = add_bias(product.float() * scale[None, :], bias)
     return round_to(apply_fused("linear_int8_static", rows, fused), x)
 
 
-def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake_int8(x: Tensor, weight: Tensor, scale: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
+
+def _fake_lowbit(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    format: str, group: int, input_group: int, fused: str = "none", columns: int = 0,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], columns if is_interleaved(weight) else weight.shape[0]))
+
+
+_INTERLEAVED_TIERS = ("avx512vnni",)
 
 OPS = (
     Op(
@@ -201,20 +239,23 @@ OPS = (
         "(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias, bool symmetric=True,"
         ' str fused="none") -> Tensor',
         linear_int8_dynamic,
-        _fake_linear,
+        _fake_int8,
+        interleaved=_INTERLEAVED_TIERS,
     ),
     Op(
         "linear_int8_static",
         "(Tensor x, Tensor weight, Tensor scale, Tensor zero_sum, Tensor? bias, Tensor input_inverse,"
         ' Tensor input_zero_point, str fused="none") -> Tensor',
         linear_int8_static,
-        _fake_linear,
+        _fake_int8,
+        interleaved=_INTERLEAVED_TIERS,
     ),
     Op(
         "linear_lowbit_dynamic",
         "(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, str format, int group,"
-        ' int input_group, str fused="none") -> Tensor',
+        ' int input_group, str fused="none", int columns=0) -> Tensor',
         linear_lowbit_dynamic,
-        _fake_linear,
+        _fake_lowbit,
+        interleaved=_INTERLEAVED_TIERS,
     ),
 )

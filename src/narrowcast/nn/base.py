@@ -79,12 +79,25 @@ class QuantizedModule(InstalledModule):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.restore_layout_()
         super()._apply(keep_dtype, recurse)
         return self
 
     def quantized_weights(self) -> dict[str, QuantizedTensor]:
         """The weights as records, by name; codes unpacked, shapes [out, in * kernel]."""
+        self.restore_layout_()
         return {name: self.stored(name).to_record(self) for name in self.weight_names}
+
+    def restore_layout_(self) -> None:
+        """Bring weights that a kernel keeps in a layout of its own back into the stored one; nothing else changes."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.restore_layout_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.restore_layout_()
+        super()._load_from_state_dict(*arguments)
 
     def stored(self, name: str) -> StoredWeight:
         """The description of one stored weight."""
@@ -131,6 +144,7 @@ class QuantizedModule(InstalledModule):
 
     def float_weight(self, name: str, *, groups: int = 1) -> Tensor:
         """The float32 weight [out, in * kernel] without the input scales that it has taken in."""
+        self.restore_layout_()
         weight = self.stored(name).dequantize(self)
         ratio = self.input_ranges().ratio()
         return weight if ratio is None else weight / spread_channels(ratio, self.stored(name).shape, groups)

@@ -14,6 +14,7 @@ from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_group_of
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
 from narrowcast.nn.base import QuantizedModule
+from narrowcast.nn.interleaved import calls_before, interleave_, restore_
 from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
@@ -94,7 +95,8 @@ class QuantizedLinear(QuantizedModule):
         self._symmetric = activation.mode == "dynamic"
         self._op = linear_op(spec, shape, activation.mode)
         group = self.stored("weight").group
-        self._groups = (spec.format.name, group, input_group_of(group, shape[1]))
+        self.kernel_groups = (spec.format.name, group, input_group_of(group, shape[1]))
+        self._calls_left = 0
         if record is not None:
             self.prepare_()
 
@@ -120,10 +122,17 @@ class QuantizedLinear(QuantizedModule):
         return values if self.fused == "none" else values | {"fused": self.fused}
 
     def prepare_(self) -> None:
-        """Row sums and flat scales for the int8 kernels; the codes themselves are used as they are stored."""
+        """Row sums and flat scales for the int8 kernels; the codes are used as they are stored for the first call."""
+        self.restore_layout_()
         if self._op in ("linear_int8_dynamic", "linear_int8_static"):
             for name, tensor in self.kernel_terms("weight").items():
                 self.register_buffer(name, tensor, persistent=False)
+        self._calls_left = calls_before(self, self._op)
+
+    def restore_layout_(self) -> None:
+        """See `QuantizedModule`; the next call but one interleaves the weight again."""
+        restore_(self)
+        self._calls_left = calls_before(self, self._op)
 
     @property
     def weight(self) -> Tensor:
@@ -145,7 +154,10 @@ class QuantizedLinear(QuantizedModule):
         """[..., in_features] -> [..., out_features] in the dtype of `x`."""
         # Read past nn.Module's attribute look-up, which takes 0.3 us for every buffer of an op that takes 5 us.
         own = self.__dict__
-        op, buffers = own["_op"], own["_buffers"]
+        op = own["_op"]
+        if own["_calls_left"] and not torch.compiler.is_compiling():
+            self._count_call()
+        buffers = own["_buffers"]
         if op == "linear_int8_dynamic":
             return _INT8_DYNAMIC(  # type: ignore[no-any-return]
                 x, buffers["kernel_codes"], buffers["kernel_scale"], buffers["kernel_sum"], buffers["bias"],
@@ -154,9 +166,10 @@ class QuantizedLinear(QuantizedModule):
         if op == "linear_lowbit_dynamic":
             if x.shape[-1] != own["in_features"]:  # packed rows of an odd width and the next look alike to the op
                 raise DataError(f"linear layer: the input has {x.shape[-1]} features, expected {self.in_features}")
+            weight = buffers["weight_codes"]
             return _LOW_BIT_DYNAMIC(  # type: ignore[no-any-return]
-                x, buffers["weight_codes"], buffers["weight_scale"], buffers.get("weight_zero_point"), buffers["bias"],
-                *own["_groups"], own["fused"],
+                x, weight, buffers["weight_scale"], buffers.get("weight_zero_point"), buffers["bias"],
+                *own["kernel_groups"], own["fused"], own["out_features"] if weight.dim() == 4 else 0,
             )  # fmt: skip
         if op == "linear_int8_static":
             return _INT8_STATIC(  # type: ignore[no-any-return]
@@ -165,6 +178,11 @@ class QuantizedLinear(QuantizedModule):
             )  # fmt: skip
         y = weight_only_linear(self, x) if self.activation.mode == "float" else None
         return FUSED[self.fused](self._float_forward(x)) if y is None else y
+
+    def _count_call(self) -> None:
+        self._calls_left -= 1
+        if self._calls_left == 0:
+            interleave_(self, self._op)
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self.activation.mode == "cast":
