@@ -187,6 +187,13 @@ def case_rows(
     return linear_page.with_ratios(rows)
 
 
+def rests(threads: int) -> dict[str, float]:
+    """Seconds of rest behind a burst: with several threads ggml's poll for most of a tenth after their last work."""
+    if threads == 1:
+        return {}
+    return {contender.name: 0.1 for contender in CONTENDERS if contender.name.startswith("ggml")}
+
+
 def measure_shape(
     shape: Shape, limit: Limits, factories: Factories, problem: Problem, options: Namespace, skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
@@ -204,7 +211,9 @@ def measure_shape(
                 if name in errors
             }
             load = results_io.load_average()
-            timings = interleave(calls, rounds=options.rounds, seconds=options.seconds, least=1)
+            timings = interleave(
+                calls, rounds=options.rounds, seconds=options.seconds, least=1, rests=rests(limit.threads)
+            )
             case = {
                 "shape": shape_name(shape),
                 "batch": batch,

@@ -50,7 +50,9 @@ def burst(call: Call, seconds: float, least: int) -> list[float]:
     return [1000.0 * duration for duration in times]
 
 
-def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float, least: int = 3) -> dict[str, Timing]:
+def interleave(
+    contenders: Mapping[str, Call], *, rounds: int, seconds: float, least: int = 3, rests: Mapping[str, float] = {}
+) -> dict[str, Timing]:
     """Times all contenders A B C A B C ...
 
     Args:
@@ -58,6 +60,8 @@ def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float, l
         rounds: how often every contender gets a burst.
         seconds: least duration of a burst.
         least: least number of calls in a burst.
+        rests: name -> seconds of rest behind its bursts, for one whose threads go on spinning and would take the next
+            one's cores.
 
     Returns:
         Name -> its timing.
@@ -68,4 +72,5 @@ def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float, l
     for _ in range(rounds):
         for name, call in contenders.items():
             bursts[name].append(burst(call, seconds, least))
+            time.sleep(rests.get(name, 0.0))
     return {name: Timing(tuple(map(median, each)), min(map(min, each))) for name, each in bursts.items()}

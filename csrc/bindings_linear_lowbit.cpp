@@ -190,29 +190,25 @@ Tensor linear_lowbit_dynamic(const Tensor& x_tensor, const Tensor& weight, const
                                 .out_stride = arguments.columns,
                                 .out_type = x.type};
   const LowBitKernels& kernels = kLowBitTiers.active();
-  const bool interleaved =
-      arguments.interleaved && kernels.interleaved_tile != nullptr && cut.block % kChunk == 0;
+  const InterleavedKernels& side_by_side = kLowBitInterleavedTiers.active();
+  const bool interleaved = arguments.interleaved && side_by_side.tile != nullptr && cut.block % kChunk == 0;
   if (arguments.interleaved && !interleaved) restore(&problem, arguments.columns);
   const QuantizeKernels& quantize = kQuantizeTiers.active();
   quantize_rows(x, parallel && x.rows * x.depth > 2 * kQuantizeTask, kOp, [&](int64_t row) {
     uint8_t* row_codes = codes + row * stride;
     float* row_scales = code_scales + row * cut.blocks;
     if (interleaved) {
-      return kernels.interleaved_row(problem, x.row(row), x.type, cut.input_group, row_codes, row_scales,
-                                     code_sums + row * cut.blocks);
+      return side_by_side.row(problem, x.row(row), x.type, cut.input_group, row_codes, row_scales,
+                              code_sums + row * cut.blocks);
     }
     if (!quantize_row(quantize, x, row, cut, stride, row_codes, row_scales)) return false;
     if (kernels.order_row != nullptr) kernels.order_row(problem, row_codes);
     return true;
   });
-  if (interleaved) {
-    for_each_tile(x.rows, arguments.columns, parallel,
-                  [&](Range rows, Range part) { kernels.interleaved_tile(problem, rows, part); });
-    return out;
-  }
-  const int64_t scratch = kernels.scratch(problem);
+  const auto tile = interleaved ? side_by_side.tile : kernels.tile;
+  const int64_t scratch = interleaved ? side_by_side.scratch(problem) : kernels.scratch(problem);
   for_each_tile(x.rows, arguments.columns, parallel, [&](Range rows, Range part) {
-    kernels.tile(problem, rows, part, workspace(Slot::panel, scratch));
+    tile(problem, rows, part, workspace(Slot::panel, scratch));
   });
   return out;
 }

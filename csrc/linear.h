@@ -50,6 +50,8 @@ void int8_tile_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns
 void int8_tile_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_neondot(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_neoni8mm(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_interleaved_avxvnni(const Int8Linear& problem, Range rows, Range columns);
+void int8_interleaved_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns);
 void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns);
 int64_t int8_scratch_scalar(int64_t depth);
 int64_t int8_scratch_avx2(int64_t depth);
@@ -61,8 +63,9 @@ int64_t int8_scratch_neoni8mm(int64_t depth);
 
 constexpr LinearKernels kLinearScalar = {int8_tile_scalar, int8_scratch_scalar};
 constexpr LinearKernels kLinearAvx2 = {int8_tile_avx2, int8_scratch_avx2};
-constexpr LinearKernels kLinearAvxVnni = {int8_tile_avxvnni, int8_scratch_avxvnni};
-constexpr LinearKernels kLinearAvxVnniEvex = {int8_tile_avxvnni_evex, int8_scratch_avxvnni_evex};
+constexpr LinearKernels kLinearAvxVnni = {int8_tile_avxvnni, int8_scratch_avxvnni, int8_interleaved_avxvnni};
+constexpr LinearKernels kLinearAvxVnniEvex = {int8_tile_avxvnni_evex, int8_scratch_avxvnni_evex,
+                                            int8_interleaved_avxvnni_evex};
 constexpr LinearKernels kLinearAvx512 = {int8_tile_avx512vnni, int8_scratch_avx512vnni,
                                        int8_interleaved_avx512vnni};
 constexpr LinearKernels kLinearNeonDot = {int8_tile_neondot, int8_scratch_neondot};

@@ -64,12 +64,16 @@ struct LowBitKernels {
   // Computes the given rows and columns of the output; `scratch` has scratch(problem) bytes, 64-byte aligned.
   void (*tile)(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
   int64_t (*scratch)(const LowBitLinear& problem);
-  // For interleaved weights in blocks of a multiple of 32, both null where a tier has no body for them. A row of `x`
-  // becomes signed codes up to the end of its last chunk, the scales of its blocks, and minus the sums of its blocks,
-  // times `zero` where that is the zero point; false when a value is not finite. The tile needs no scratch.
-  bool (*interleaved_row)(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
-                          uint8_t* codes, float* scales, int32_t* sums) = nullptr;
-  void (*interleaved_tile)(const LowBitLinear& problem, Range rows, Range columns) = nullptr;
+};
+
+// For interleaved weights in blocks of a multiple of 32.
+struct InterleavedKernels {
+  // A row of `x` as signed codes up to the end of its last chunk, the scales of its blocks, and minus the sums of its
+  // blocks, times `zero` where that is the zero point; false when a value is not finite.
+  bool (*row)(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group, uint8_t* codes,
+              float* scales, int32_t* sums);
+  void (*tile)(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
+  int64_t (*scratch)(const LowBitLinear& problem);
 };
 
 void lowbit_tile_scalar(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
@@ -80,9 +84,6 @@ void lowbit_tile_avx512vnni(const LowBitLinear& problem, Range rows, Range colum
 void lowbit_tile_neondot(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_tile_neoni8mm(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 void lowbit_order_row_avx512vnni(const LowBitLinear& problem, uint8_t* codes);
-bool lowbit_interleaved_row_avx512vnni(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
-                                       uint8_t* codes, float* scales, int32_t* sums);
-void lowbit_interleaved_avx512vnni(const LowBitLinear& problem, Range rows, Range columns);
 int64_t lowbit_scratch_scalar(const LowBitLinear& problem);
 int64_t lowbit_scratch_avx2(const LowBitLinear& problem);
 int64_t lowbit_scratch_avxvnni(const LowBitLinear& problem);
@@ -96,8 +97,7 @@ constexpr LowBitKernels kLowBitAvx2 = {nullptr, lowbit_tile_avx2, lowbit_scratch
 constexpr LowBitKernels kLowBitAvxVnni = {nullptr, lowbit_tile_avxvnni, lowbit_scratch_avxvnni};
 constexpr LowBitKernels kLowBitAvxVnniEvex = {nullptr, lowbit_tile_avxvnni_evex, lowbit_scratch_avxvnni_evex};
 constexpr LowBitKernels kLowBitAvx512 = {lowbit_order_row_avx512vnni, lowbit_tile_avx512vnni,
-                                         lowbit_scratch_avx512vnni, lowbit_interleaved_row_avx512vnni,
-                                         lowbit_interleaved_avx512vnni};
+                                         lowbit_scratch_avx512vnni};
 constexpr LowBitKernels kLowBitNeonDot = {nullptr, lowbit_tile_neondot, lowbit_scratch_neondot};
 constexpr LowBitKernels kLowBitNeonI8mm = {nullptr, lowbit_tile_neoni8mm, lowbit_scratch_neoni8mm};
 constexpr Tiers<LowBitKernels> kLowBitTiers = {
@@ -108,6 +108,23 @@ constexpr Tiers<LowBitKernels> kLowBitTiers = {
     .avx512vnni = NARROWCAST_X86_BODY(kLowBitAvx512),
     .neondot = NARROWCAST_ARM_BODY(kLowBitNeonDot),
     .neoni8mm = NARROWCAST_ARM_BODY(kLowBitNeonI8mm),
+};
+
+// The tiers without a table here have no body for interleaved weights: the binding brings them back into rows.
+extern const InterleavedKernels lowbit_interleaved_avx2;
+extern const InterleavedKernels lowbit_interleaved_avxvnni;
+extern const InterleavedKernels lowbit_interleaved_avxvnni_evex;
+extern const InterleavedKernels lowbit_interleaved_avx512vnni;
+extern const InterleavedKernels lowbit_interleaved_neondot;
+
+constexpr InterleavedKernels kNotInterleaved = {};
+constexpr Tiers<InterleavedKernels> kLowBitInterleavedTiers = {
+    .scalar = &kNotInterleaved,
+    .avx2 = NARROWCAST_X86_BODY(lowbit_interleaved_avx2),
+    .avxvnni_evex = NARROWCAST_X86_BODY(lowbit_interleaved_avxvnni_evex),
+    .avxvnni = NARROWCAST_X86_BODY(lowbit_interleaved_avxvnni),
+    .avx512vnni = NARROWCAST_X86_BODY(lowbit_interleaved_avx512vnni),
+    .neondot = NARROWCAST_ARM_BODY(lowbit_interleaved_neondot),
 };
 
 }  // namespace narrowcast

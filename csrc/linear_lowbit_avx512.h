@@ -15,6 +15,10 @@ namespace narrowcast {
 void lowbit_few_rows_avx512vnni(const LowBitLinear& problem, Range rows, Range columns, void* scratch);
 int64_t lowbit_few_rows_scratch_avx512vnni(const LowBitLinear& problem);
 
+// See InterleavedKernels.
+bool lowbit_codes_avx512vnni(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
+                             uint8_t* codes, float* scales, int32_t* sums);
+
 namespace {
 
 typedef float Float16 __attribute__((vector_size(64)));

@@ -1,7 +1,7 @@
 // Activation codes for low-bit linear layers on interleaved weights, AVX-512: signed codes, the scales of their groups
 // and the sums of their blocks. Groups are found and scaled sixteen at a time; a group alone would spend most of its
 // time in the reduction and the division.
-#include "linear_lowbit.h"
+#include "linear_lowbit_avx512.h"
 
 #include "float_types.h"
 #include "interleaved.h"
@@ -124,8 +124,8 @@ bool quantize_row(const LowBitLinear& problem, const void* x, int64_t input_grou
 
 }  // namespace
 
-bool lowbit_interleaved_row_avx512vnni(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
-                                       uint8_t* codes, float* scales, int32_t* sums) {
+bool lowbit_codes_avx512vnni(const LowBitLinear& problem, const void* x, FloatType type, int64_t input_group,
+                             uint8_t* codes, float* scales, int32_t* sums) {
   switch (type) {
     case FloatType::float32: return quantize_row<FloatType::float32>(problem, x, input_group, codes, scales, sums);
     case FloatType::bfloat16: return quantize_row<FloatType::bfloat16>(problem, x, input_group, codes, scales, sums);

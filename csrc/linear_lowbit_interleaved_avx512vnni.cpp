@@ -193,9 +193,7 @@ Kernels find_kernels(const LowBitLinear& problem) {
   }
 }
 
-}  // namespace
-
-void lowbit_interleaved_avx512vnni(const LowBitLinear& problem, Range rows, Range columns) {
+void interleaved_tile(const LowBitLinear& problem, Range rows, Range columns, void*) {
   const Kernels kernels = find_kernels(problem);
   const int64_t panel_bytes = Interleaved{0, problem.depth, problem.bits}.panel_bytes();
   const int64_t total = rows.end - rows.begin, steps = (total + kTileRows - 1) / kTileRows;
@@ -221,5 +219,11 @@ void lowbit_interleaved_avx512vnni(const LowBitLinear& problem, Range rows, Rang
     column = part.end;
   }
 }
+
+int64_t no_scratch(const LowBitLinear&) { return 0; }
+
+}  // namespace
+
+const InterleavedKernels lowbit_interleaved_avx512vnni = {lowbit_codes_avx512vnni, interleaved_tile, no_scratch};
 
 }  // namespace narrowcast

@@ -147,7 +147,7 @@ def test_inputs_that_are_not_finite_raise(every_tier: Tiers) -> None:
 def test_wrong_shapes_raise() -> None:
     x, weight, scale, zero_point, bias, *rest, columns = interleaved_lowbit(lowbit_arguments(2, 20, 64), 64)
     wrong = [
-        (x[:, :30], weight, scale, rest, columns, "an interleaved weight of 20 rows and 30 columns of 4 bits has shape"),
+        (x[:, :30], weight, scale, rest, columns, "weight of 20 rows and 30 columns of 4 bits has shape"),
         (x, weight[:1], scale, rest, columns, "has shape"),
         (x, weight, scale, rest, 40, "an interleaved weight of 40 rows"),
         (x, weight, scale[:, :, :8].contiguous(), rest, columns, "scale must have shape"),

@@ -126,20 +126,22 @@ void lowbit_layer(Random& random) {
     LowBitLinear run = problem;
     run.codes = codes.data(), run.code_scales = code_scales.data(), run.code_sums = code_sums.data(), run.out = out;
     run.weight = weight.data(), run.scale = scale.data(), run.zero_point = asymmetric ? zero_point.data() : nullptr;
-    const bool interleaved = kernels.interleaved_tile != nullptr;
+    const InterleavedKernels& side_by_side = kLowBitInterleavedTiers.active();
+    const bool interleaved = side_by_side.tile != nullptr;
     for (int64_t row = 0; row < shape.rows; ++row) {
       const uint8_t* values_of_row = x.data() + row * shape.depth * float_bytes(shape.type);
       uint8_t* row_codes = codes.data() + row * problem.code_stride;
       float* scales = code_scales.data() + row * problem.blocks;
       if (interleaved) {
-        kernels.interleaved_row(run, values_of_row, shape.type, input_group, row_codes, scales,
-                                code_sums.data() + row * problem.blocks);
+        side_by_side.row(run, values_of_row, shape.type, input_group, row_codes, scales,
+                         code_sums.data() + row * problem.blocks);
         continue;
       }
       quantize_groups(run, values_of_row, shape.type, input_group, row_codes, scales);
       if (kernels.order_row != nullptr) kernels.order_row(run, row_codes);
     }
-    if (interleaved) return kernels.interleaved_tile(run, {0, shape.rows}, {0, shape.columns});
+    Buffer<uint8_t> own(interleaved ? side_by_side.scratch(run) : 0);
+    if (interleaved) return side_by_side.tile(run, {0, shape.rows}, {0, shape.columns}, own.data());
     restore_rows(layout, weight.data(), stored.data());
     restore_groups(shape.columns, problem.groups, scale_bytes, scale.data(), stored_scale.data());
     restore_groups(shape.columns, problem.groups, 1, zero_point.data(), stored_zero.data());

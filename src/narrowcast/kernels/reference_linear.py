@@ -231,7 +231,10 @@ def _fake_lowbit(
     return x.new_empty((*x.shape[:-1], columns if is_interleaved(weight) else weight.shape[0]))
 
 
-_INTERLEAVED_TIERS = ("avx512vnni",)
+# without vpdpbusd, int8 weights are widened from their rows as fast as from panels
+_INT8_INTERLEAVED = ("avxvnni", "avx512vnni")
+# neoni8mm multiplies many rows by SMMLA, from pairs of rows that this layout does not have
+_LOW_BIT_INTERLEAVED = ("avx2", "avxvnni", "avx512vnni", "neondot")
 
 OPS = (
     Op(
@@ -240,7 +243,7 @@ OPS = (
         ' str fused="none") -> Tensor',
         linear_int8_dynamic,
         _fake_int8,
-        interleaved=_INTERLEAVED_TIERS,
+        interleaved=_INT8_INTERLEAVED,
     ),
     Op(
         "linear_int8_static",
@@ -248,7 +251,7 @@ OPS = (
         ' Tensor input_zero_point, str fused="none") -> Tensor',
         linear_int8_static,
         _fake_int8,
-        interleaved=_INTERLEAVED_TIERS,
+        interleaved=_INT8_INTERLEAVED,
     ),
     Op(
         "linear_lowbit_dynamic",
@@ -256,6 +259,6 @@ OPS = (
         ' int input_group, str fused="none", int columns=0) -> Tensor',
         linear_lowbit_dynamic,
         _fake_lowbit,
-        interleaved=_INTERLEAVED_TIERS,
+        interleaved=_LOW_BIT_INTERLEAVED,
     ),
 )

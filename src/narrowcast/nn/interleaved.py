@@ -40,7 +40,7 @@ def calls_before(module: QuantizedLinear, op: str | None) -> int:
     rows, columns = module.out_features, module.in_features
     if op is None or not reads_interleaved(op) or rows * columns == 0:
         return 0
-    name, group, input_group = module.kernel_groups
+    _, group, input_group = module.kernel_groups
     if op == "linear_lowbit_dynamic" and group < columns and block_of(group, input_group, columns) % CHUNK != 0:
         return 0
     padded = -(-rows // PANEL_ROWS) * PANEL_ROWS * (-(-columns // CHUNK) * CHUNK)

@@ -181,7 +181,7 @@ class QuantizedLinear(QuantizedModule):
 
     def _count_call(self) -> None:
         self._calls_left -= 1
-        if self._calls_left == 0:
+        if self._calls_left == 0 and self._op is not None:
             interleave_(self, self._op)
 
     def _float_forward(self, x: Tensor) -> Tensor:

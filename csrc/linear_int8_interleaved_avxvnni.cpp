@@ -1,0 +1,9 @@
+#include "linear_int8_interleaved_body_256.h"
+
+namespace narrowcast {
+
+void int8_interleaved_avxvnni(const Int8Linear& problem, Range rows, Range columns) {
+  int8_interleaved(problem, rows, columns);
+}
+
+}  // namespace narrowcast

@@ -1,0 +1,7 @@
+#include "linear_lowbit_interleaved_body_256.h"
+
+namespace narrowcast {
+
+const InterleavedKernels lowbit_interleaved_avxvnni = {interleaved_row, interleaved_tile, interleaved_scratch};
+
+}  // namespace narrowcast
