@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from narrowcast.errors import RecipeError
-from narrowcast.methods.base import Seen, WeightMethod
+from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
 from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
-METHODS: dict[str, type[Rtn]] = {"rtn": Rtn}
+METHODS: dict[str, type[Any]] = {"rtn": Rtn}
+"""Every solver by the name that recipes use: a `WeightMethod`, or a `BlockMethod` where it needs a block."""
 
 
-def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMethod:
+def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMethod | BlockMethod:
     """The weight solver that a recipe names.
 
     Args:
@@ -36,7 +38,19 @@ def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMetho
     for key in options:
         if key not in known:
             raise RecipeError(f"method {name!r} has no option {key!r}; its options are {', '.join(known)}")
-    return method(**options)  # type: ignore[arg-type]
+    made: WeightMethod | BlockMethod = method(**options)
+    return made
 
 
-__all__ = ["METHODS", "Rtn", "Seen", "WeightMethod", "make_method", "weight_sqnr_db"]
+__all__ = [
+    "METHODS",
+    "Block",
+    "BlockMethod",
+    "Need",
+    "Rtn",
+    "Seen",
+    "Solved",
+    "WeightMethod",
+    "make_method",
+    "weight_sqnr_db",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,25 +20,88 @@ class Seen:
     Args:
         importance: [in] float, >= 0: the mean square of each input channel; None when it was not observed.
         hessian: [in, in] float: the mean of x x^T over the samples; None when it was not observed.
-        samples: how many input vectors the two are means of.
+        samples: how many input vectors these are means of.
+        inputs: [n, in] float: some of the input vectors themselves; None when none were kept.
     """
 
     importance: Tensor | None = None
     hessian: Tensor | None = None
     samples: int = 0
+    inputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a solver made of one weight.
+
+    Args:
+        record: the codes, scales and zero points.
+        notes: what the report should say: dampings, dead channels, fallbacks, each a short clause.
+    """
+
+    record: QuantizedTensor
+    notes: tuple[str, ...] = ()
+
+
+Need = Literal["hessian", "inputs", "block"]
+"""What a solver must be given besides weight, format and importance; "block" makes it a `BlockMethod`."""
 
 
 class WeightMethod(Protocol):
     """A weight solver: a frozen dataclass whose fields are its recipe keys."""
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> QuantizedTensor:
-        """The codes, scales and zero points that stand for `weight`.
+    needs: ClassVar[frozenset[Need]]
+
+    def solve(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Solved:
+        """The codes, scales and zero points that stand for `weight`, and what is to be said of them.
 
         Args:
             weight: [out, in] float, finite.
             spec: target format.
             seen: what calibration saw; None when there was no data.
         """
+        ...
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> QuantizedTensor:
+        """The record of `solve` alone."""
+        ...
+
+
+class Block(Protocol):
+    """Some layers of a model that run one after another, as a solver sees them: weights in, one output out.
+
+    Attributes:
+        weights: float matrices [out, in] by layer name.
+        specs: target format of each.
+        seen: what calibration saw at the input of each, with the blocks before it quantized.
+        samples: how many inputs of the block are kept; they are numbered from 0.
+    """
+
+    weights: Mapping[str, Tensor]
+    specs: Mapping[str, QuantSpec]
+    seen: Mapping[str, Seen]
+    samples: int
+
+    def output(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> Tensor:
+        """The block's output for some samples with other weights, differentiable in them.
+
+        Its inputs are those that the quantized blocks before it give; the inputs of its layers are quantized as the
+        recipe says.
+        """
+        ...
+
+    def target(self, indices: Sequence[int]) -> Tensor:
+        """The float model's output of this block for the same samples."""
+        ...
+
+
+class BlockMethod(Protocol):
+    """A solver that works on all layers of a block together."""
+
+    needs: ClassVar[frozenset[Need]]
+
+    def solve_block(self, block: Block) -> dict[str, Solved]:
+        """Every layer of the block, by name."""
         ...
 
 

@@ -9,13 +9,13 @@ against 6.92 and 6.89 as published with llm-compressor), at a thousandth of thei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.errors import RecipeError
-from narrowcast.methods.base import Seen, check_weight, relative_importance
+from narrowcast.methods.base import Need, Seen, Solved, check_weight, relative_importance
 from narrowcast.methods.native import round_to_nearest, search_range
 
 
@@ -30,6 +30,7 @@ class Rtn:
         refinements: rounds of least-squares refinement after the grid search.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset()
     range: Literal["auto", "mse", "absmax"] = "auto"
     refinements: int = 2
 
@@ -38,6 +39,10 @@ class Rtn:
             raise RecipeError(f"rtn: range is {self.range!r}; use 'auto', 'mse' or 'absmax'")
         if isinstance(self.refinements, bool) or not isinstance(self.refinements, int) or self.refinements < 0:
             raise RecipeError(f"rtn: refinements is {self.refinements!r}; use a whole number >= 0")
+
+    def solve(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Solved:
+        """See `WeightMethod`; `quantize` says more."""
+        return Solved(self.quantize(weight, spec, seen))
 
     def quantize(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> QuantizedTensor:
         """The nearest codes under the best range found.

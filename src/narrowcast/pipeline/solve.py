@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from narrowcast.core import QuantizedTensor, all_finite
 from narrowcast.errors import DataError, FormatError, ModelError
-from narrowcast.methods import make_method, weight_sqnr_db
+from narrowcast.methods import WeightMethod, make_method, weight_sqnr_db
 from narrowcast.models import Layer, TorchModel
 from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
@@ -128,7 +128,7 @@ def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activa
         weight = fold_input_scales(weight, activation.scale, adapter.input_groups(row.layer.sites[0]))
     if seen is not None and seen.importance is not None:
         seen = replace(seen, importance=_damped(seen.importance, ratio))
-    method = make_method(row.method)
+    method = cast(WeightMethod, make_method(row.method))
     try:
         record = method.quantize(weight, row.weight, seen)
     except (FormatError, ModelError, DataError) as error:
