@@ -8,10 +8,12 @@ from typing import Any
 
 from narrowcast.errors import RecipeError
 from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
+from narrowcast.methods.gptq import Gptq
+from narrowcast.methods.hqq import Hqq
 from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
-METHODS: dict[str, type[Any]] = {"rtn": Rtn}
+METHODS: dict[str, type[Any]] = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq}
 """Every solver by the name that recipes use: a `WeightMethod`, or a `BlockMethod` where it needs a block."""
 
 
@@ -46,6 +48,8 @@ __all__ = [
     "METHODS",
     "Block",
     "BlockMethod",
+    "Gptq",
+    "Hqq",
     "Need",
     "Rtn",
     "Seen",
