@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ SPECS = (
 )
 VARIANTS = (
     Gptq(),
-    Gptq(scales="updated", rounds=1),
+    Gptq(scales="static", rounds=1),
     Gptq(order="group", scales="updated", rounds=0),
     Gptq(order="none", damping=0.1, range="absmax", rounds=1),
 )
@@ -116,9 +117,9 @@ def test_batch_split_does_not_change_the_result(text: str) -> None:
     assert results[0] == results[1] == results[2]
 
 
-@variants
+@pytest.mark.parametrize("method", [Gptq(rounds=2), Gptq(order="group", scales="static", rounds=0)], ids=str)
 def test_number_of_threads_does_not_change_the_result(method: Gptq) -> None:
-    (weight, seen), spec = problem(8, rows=300, columns=256, samples=900), QuantSpec.parse("int3/group32/asym")
+    (weight, seen), spec = problem(8, rows=300, columns=128, samples=900), QuantSpec.parse("int3/group32/asym")
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -137,7 +138,7 @@ def test_more_turns_never_raise_the_error(text: str) -> None:
     errors = [
         output_error(weight, Gptq(rounds=rounds, damping=0.0).quantize(weight, spec, seen), seen) for rounds in range(3)
     ]
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
     assert errors[1] < errors[0]
 
 
@@ -196,7 +197,7 @@ def test_a_dead_channel_is_rounded_to_nearest_and_said(order: str) -> None:
     seen.hessian[[4, 60]] = 0
     seen.hessian[:, [4, 60]] = 0
     found = Gptq(order=order, rounds=0).solve(weight, spec, seen)  # type: ignore[arg-type]
-    assert found.notes == ("2 of 75 input channels were always zero and are rounded to nearest",)
+    assert found.notes[:1] == ("2 of 75 input channels were always zero and are rounded to nearest",)
     nearest = quantize(weight, spec, found.record.scale, found.record.zero_point)
     assert torch.equal(found.record.codes[:, [4, 60]], nearest.codes[:, [4, 60]])
 
@@ -241,12 +242,12 @@ def test_inputs_that_were_always_zero_give_round_to_nearest_and_are_said() -> No
 
 
 def test_rows_that_compensation_makes_worse_are_rounded_to_nearest_and_said() -> None:
-    spec = QuantSpec.parse("int2/channel")
-    notes = set()
-    for seed in range(40):
-        weight, seen = problem(seed, rows=64, columns=2)
-        notes |= {note for note in Gptq(rounds=0).solve(weight, spec, seen).notes if "better rounded to nearest" in note}
-    assert notes
+    (weight, seen), spec = problem(15, rows=200), QuantSpec.parse("int4/group32/asym")
+    swept = Gptq(order="none", scales="static", rounds=0).solve(weight, spec, seen)
+    nearest = Rtn().quantize(weight, spec, seen)
+    same = int((swept.record.codes == nearest.codes).all(1).sum())
+    assert 0 < same < 200
+    assert swept.notes == (f"{same} of 200 rows are better rounded to nearest",)
 
 
 @pytest.mark.parametrize("text", ["bf16", "fp32"])

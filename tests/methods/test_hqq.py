@@ -44,7 +44,7 @@ def test_no_block_is_worse_than_under_its_full_range_and_the_sum_is_better(text:
     found = block_errors(weight, Hqq(norm=norm).quantize(weight, spec), norm)
     plain = block_errors(weight, quantize(weight, spec), norm)
     assert bool((found <= plain * (1 + 1e-5)).all())
-    if spec.scale_format != "e8m0":  # powers of two are too far apart for a fit to reach the next
+    if spec.format.bits < 8 and spec.scale_format != "e8m0":  # the full range of 8 bits, or a power of two, may be best
         assert float(found.sum()) < float(plain.sum())
 
 
@@ -82,12 +82,12 @@ def test_no_iterations_is_the_full_range() -> None:
 
 
 def test_number_of_threads_does_not_change_the_result() -> None:
-    weight, spec, threads = random_weight(6, 64, 2048), QuantSpec.parse("int3/group32/asym"), torch.get_num_threads()
+    weight, spec, threads = random_weight(6, 64, 1024), QuantSpec.parse("int3/group32/asym"), torch.get_num_threads()
     results = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(Hqq().quantize(weight, spec))
+            results.append(Hqq(iterations=4).quantize(weight, spec))
     finally:
         torch.set_num_threads(threads)
     assert results[0] == results[1]

@@ -68,8 +68,8 @@ def curvature(seen: Seen | None, columns: int, device: torch.device) -> Curvatur
     largest = float(hessian.diagonal().max()) if columns else 0.0
     if largest == 0.0:
         identity = torch.eye(columns, dtype=torch.float64, device=device)
-        notes = ("calibration saw only zeros here: rounded to nearest",) if columns else ()
-        return Curvature(identity, torch.zeros_like(identity.diagonal()), False, notes)
+        silent = ("calibration saw only zeros here: rounded to nearest",) if columns else ()
+        return Curvature(identity, torch.zeros_like(identity.diagonal()), False, silent)
     # by powers of two, so scaling the data by one changes no bit; in two steps, as one factor could overflow
     exponent = 1 - math.frexp(largest)[1]
     hessian = hessian * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
@@ -78,7 +78,7 @@ def curvature(seen: Seen | None, columns: int, device: torch.device) -> Curvatur
     hessian = torch.where(dead[:, None] | dead[None, :], 0.0, hessian)
     correlated = bool((hessian != torch.diag(importance)).any())
     hessian.diagonal()[dead] = importance.mean()
-    notes = ()
+    notes: tuple[str, ...] = ()
     if count := int(dead.sum()):
         notes += (f"{count} of {columns} input channels were always zero and are rounded to nearest",)
     if 0 < seen.samples < columns:

@@ -113,7 +113,7 @@ class Draft:
     def sum_rows(self, per_row: Tensor) -> Tensor:
         """The sum over the rows of every block: [out] to [block_rows]."""
         missing = -per_row.shape[0] % self.tall
-        return pad(per_row, (0, missing)).unflatten(0, (-1, self.tall)).sum(1)
+        return pad(per_row, (0, missing)).view(-1, self.tall).sum(1)
 
     def stored_scale(self, scale: Tensor, group: int) -> Tensor:
         """Scales [block_rows] of a block of columns, rounded to what the scale format holds beside the other blocks.

@@ -11,6 +11,10 @@ Source:
     range is found when its first column is reached, in whatever order; after the last column, codes and scales are
     refined under H, see `descent.py`; a row that is worse than rounded to nearest is rounded to nearest; all sums are
     float64; damping is raised until H can be factored, which is done without inverting it, see `curvature.py`.
+
+Tried on stories260K and left out: choosing each range by the error that its own sweep leaves for good (11 scales, 3
+zero points), four times the cost for a gain within the noise. Ranges under other weights than the diagonal of H, and
+ten times more or less damping, are within the noise too.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ class Gptq:
     Args:
         order: which columns are rounded first: "activation", those with the largest inputs; "group", the same but
             block by block, the block with the largest inputs first; "none", from left to right.
-        scales: "static", from the weights as they were; "updated", from the weights as they are when the first column
-            of a block is reached. 8-bit scales (scale:int8) hang together by rows and are always static.
+        scales: "updated", from the weights as they are when the first column of a block is reached; "static", from
+            the weights as they were. 8-bit scales (scale:int8) hang together by rows and are always static.
         damping: what is added to the diagonal of H, as a part of its mean; more where that is not enough.
         rounds: turns of coordinate descent at most; it stops when no code changes.
         range: of every block, as in `Rtn`.
@@ -50,7 +54,7 @@ class Gptq:
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
     order: Literal["activation", "group", "none"] = "activation"
-    scales: Literal["static", "updated"] = "static"
+    scales: Literal["updated", "static"] = "updated"
     damping: float = 0.01
     rounds: int = 5
     range: Literal["auto", "mse", "absmax"] = "auto"

@@ -89,12 +89,14 @@ class Hqq:
             return Solved(round_to_nearest(weight, spec), (f"{why}: rounded to nearest",))
         inside = to_blocks(torch.ones_like(weight), spec.granularity)
         blocks = _Blocks(to_blocks(weight, spec.granularity), inside, spec, self.norm)
-        best = current = blocks.measure(*choose_scale(*block_range(blocks.values), spec))
+        plain = best = current = blocks.measure(*choose_scale(*block_range(blocks.values), spec))
         beta = self.beta
         for _ in range(self.iterations):
             current = blocks.step(current, beta)
-            best = best.better_of(current, by_row=spec.scale_format == "int8")
+            best = best.better_of(current)
             beta *= self.growth
+        if spec.scale_format == "int8":
+            best = plain.better_of(blocks.measure(round_scale(best.scale, spec), best.zero_point), by_row=True)
         return Solved(round_to_nearest(weight, spec, best.scale, best.zero_point))
 
     def quantize(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> QuantizedTensor:
@@ -163,7 +165,7 @@ class _Blocks:
             zero_point = (now.zero_point + drift + offset).clamp(self.spec.code_low, self.spec.code_high)
             moved = levels - (zero_point - now.zero_point).unsqueeze(-1)
             tried = self.measure(self._fitted(now.scale, moved, kept), zero_point.to(torch.int32))
-            found = tried if found is None else found.better_of(tried, by_row=self.spec.scale_format == "int8")
+            found = tried if found is None else found.better_of(tried)
         assert found is not None
         return found
 
@@ -174,4 +176,5 @@ class _Blocks:
         usable = torch.isfinite(fitted) & (fitted > 0)
         # twice the full range's scale is of no use, and a scale format may end there
         fitted = torch.where(usable, torch.minimum(fitted, 2 * scale), scale)
-        return round_scale(fitted, self.spec)
+        # 8-bit scales depend on their whole row and are rounded at the end
+        return fitted if self.spec.scale_format == "int8" else round_scale(fitted, self.spec)
