@@ -66,7 +66,7 @@ const Kernel* kernels_for(int64_t panels) {
 
 }  // namespace
 
-void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns) {
+void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void*) {
   const int64_t panel_bytes = Interleaved{0, problem.depth, 8}.panel_bytes();
   alignas(64) int32_t sums[kPanelRows * kPanelColumns];
   for (int64_t column = columns.begin; column < columns.end; column += kPanelColumns) {
