@@ -11,7 +11,7 @@
 namespace narrowcast {
 namespace {
 
-constexpr int64_t kAhead = 512;  // bytes of each of the next panels that are fetched where a row or two do not hide the memory
+constexpr int64_t kAhead = 512;  // bytes of each of the next panels that few rows fetch ahead
 
 // Sums of ROWS rows with PANELS panels, `panel_bytes` apart, into out[row][kPanelColumns].
 template <int ROWS, int PANELS>

@@ -14,7 +14,7 @@ constexpr int64_t kWidePanels = 4;    // panels of a register tile of up to kWid
 constexpr int64_t kNarrowPanels = 2;  // and of one of up to kTileRows
 constexpr int kWideRows = 2;
 constexpr int kTileRows = 6;
-constexpr int64_t kAhead = 512;  // bytes of each of the next panels that are fetched where a row or two do not hide the memory
+constexpr int64_t kAhead = 512;  // bytes of each of the next panels that few rows fetch ahead
 
 // sum += levels . codes, four codes of one row for all columns; the broadcast is part of the instruction.
 inline void add_products(__m512i& sum, __m512i levels, const int8_t* codes) {
