@@ -123,11 +123,12 @@ def in_width(output: Output, report: Any) -> Any:
     from rich.console import Group
 
     from narrowcast.report import report_table
-    from narrowcast.report.terminal import totals_lines
+    from narrowcast.report.terminal import solver_notes, totals_lines
 
     if not output.result.is_terminal:
         return str(report)
-    lines = [*totals_lines(report.totals), *(f"note       {note}" for note in report.notes)]
+    notes = [*report.notes, *solver_notes(report.layers)]
+    lines = [*totals_lines(report.totals), *(f"note       {note}" for note in notes)]
     return Group(report_table(report), Text("\n".join(lines)))
 
 

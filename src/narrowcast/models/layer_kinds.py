@@ -42,6 +42,7 @@ class LayerKind:
         kernel_elements: module -> columns of the weight per input channel.
         flattens: whether all dimensions of the input but the last are one: tokens, in any order.
         takes_activation: whether the input can be quantized (an embedding's input is an index).
+        restore: (module, parameter, matrix) -> the matrix in the parameter's shape; differentiable.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LayerKind:
     kernel_elements: Callable[[Any], int] = lambda module: 1
     flattens: bool = False
     takes_activation: bool = True
+    restore: Callable[[Any, str, Tensor], Tensor] = lambda module, name, matrix: matrix
 
 
 def _linear_shape(module: nn.Linear) -> Shapes:
@@ -82,6 +84,7 @@ _TRANSPOSED_LINEAR = LayerKind(
     _build_linear,
     lambda module, spec, mode: linear_op(spec, (module.weight.shape[1], module.weight.shape[0]), mode),
     flattens=True,
+    restore=lambda module, name, matrix: matrix.t(),
 )
 
 
@@ -110,6 +113,7 @@ def _conv_kind(name: str, dimensions: int) -> LayerKind:
         refuse=_refuse_conv,
         channel_dim=-1 - dimensions,
         kernel_elements=lambda module: ConvShape.of(module).kernel[0] * ConvShape.of(module).kernel[1],
+        restore=lambda module, name, matrix: ConvShape.of(module).from_matrix(matrix).reshape(module.weight.shape),
     )
 
 

@@ -16,6 +16,7 @@ from narrowcast.errors import DataError, ModelError
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site, Watcher
 from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
 from narrowcast.models.modules import get_module, replace_everywhere_
+from narrowcast.models.patches import input_rows
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
@@ -99,6 +100,24 @@ class TorchModel(ModelAdapter):
         """Columns of the weight per input channel."""
         module, kind = self._module(site.path)
         return kind.kernel_elements(module)
+
+    def input_rows(self, path: str, x: Tensor) -> Tensor:
+        """The vectors that the weight matrix at `path` multiplies, of its input: [groups, vectors, columns]."""
+        return input_rows(self._module(path)[0], x)
+
+    def as_parameter(self, module: nn.Module, parameter: str, matrix: Tensor) -> Tensor:
+        """A weight matrix in the shape of the module's own parameter; the inverse of `weight`, differentiable."""
+        kind = kind_of(module)
+        assert kind is not None
+        return kind.restore(module, parameter, matrix)
+
+    def channel_dim(self, path: str) -> int:
+        """The dimension, from the end, of a module's input that holds the channels."""
+        return self._module(path)[1].channel_dim
+
+    def twin(self) -> nn.Module:
+        """The working model as it is now, with modules of its own that share the tensors: it stays as it is."""
+        return _structural_copy(self.model)
 
     def _module(self, path: str) -> tuple[nn.Module, LayerKind]:
         module = get_module(self.model, path)

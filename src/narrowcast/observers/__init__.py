@@ -10,6 +10,8 @@ from narrowcast.observers.base import Observer
 from narrowcast.observers.channel_magnitude import ChannelMagnitude
 from narrowcast.observers.channel_range import ChannelRange
 from narrowcast.observers.entropy import Entropy
+from narrowcast.observers.grouped_hessian import GroupedHessian
+from narrowcast.observers.hessian import HessianObserver
 from narrowcast.observers.minmax import MinMax
 from narrowcast.observers.moving_average import MovingAverage
 from narrowcast.observers.mse import Mse
@@ -61,6 +63,8 @@ __all__ = [
     "ChannelMagnitude",
     "ChannelRange",
     "Entropy",
+    "GroupedHessian",
+    "HessianObserver",
     "MinMax",
     "MovingAverage",
     "Mse",

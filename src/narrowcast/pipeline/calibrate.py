@@ -22,6 +22,21 @@ from narrowcast.planning import LayerPlan, Plan
 from narrowcast.transforms import channel_scales, with_headroom
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a block's own pass saw at the input of one module, for solvers that want more than magnitudes.
+
+    Args:
+        samples: input vectors seen.
+        hessian: [groups, columns, columns] float32, the mean of x x^T; None when not asked for.
+        inputs: [vectors, columns] some of the vectors; None when not asked for, and for grouped convolutions.
+    """
+
+    samples: int
+    hessian: Tensor | None = None
+    inputs: Tensor | None = None
+
+
 @dataclass
 class Calibration:
     """What the data said.
@@ -31,12 +46,14 @@ class Calibration:
         ranges: range observer of each module with one static range, by path.
         channel_ranges: range observer of each module with a static range per input channel, by path.
         magnitudes: channel magnitudes at the input of each module, by path.
+        evidence: what the pass through a block saw, by path; only while the block is worked on.
     """
 
     observation: Observation = field(default_factory=Observation)
     ranges: dict[str, Observer] = field(default_factory=dict)
     channel_ranges: dict[str, ChannelRange] = field(default_factory=dict)
     magnitudes: dict[str, ChannelMagnitude] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
 
     def ran(self, path: str) -> bool:
         """Whether the module ran at all."""
@@ -86,7 +103,7 @@ def calibrate(adapter: TorchModel, plan: Plan, data: Any) -> Calibration:
             if path in watchers:
                 continue
             result.magnitudes[path] = ChannelMagnitude()
-            watchers[path] = [_thinned(result.magnitudes[path].update)]
+            watchers[path] = [thinned(result.magnitudes[path].update)]
             if row.input is not None and row.input.observer:
                 observer: Observer | ChannelRange
                 if per_channel(row):
@@ -108,7 +125,7 @@ def per_channel(row: LayerPlan) -> bool:
     return len(row.layer.sites) == 1
 
 
-def _thinned(update: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+def thinned(update: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """The same watcher on about 256 positions of every image: neighbouring pixels tell the same of a channel's size."""
 
     def watch(x: Tensor) -> None:
@@ -142,7 +159,7 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
         if adapter.input_groups(site) > 1:
             continue
         spread = mean_square.repeat_interleave(adapter.kernel_elements(site))
-        if spread.numel() != layer.shape[1] or (layer.type in ("LSTM", "GRU") and not _sees_input(site.parameter)):
+        if spread.numel() != layer.shape[1] or (layer.type in ("LSTM", "GRU") and not sees_input(site.parameter)):
             continue
         importances.append(spread)
         samples += 1
@@ -151,7 +168,8 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
     return Seen(importance=torch.stack(importances).mean(0), samples=samples), "error weighted by input magnitude"
 
 
-def _sees_input(parameter: str) -> bool:
+def sees_input(parameter: str) -> bool:
+    """Whether a matrix of a recurrent layer multiplies the input of the whole layer."""
     return parameter.startswith("weight_ih_l0")
 
 

@@ -22,8 +22,12 @@ from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
 from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls, slower_than_float
+from narrowcast.pipeline.resume import Journal, fingerprint
+from narrowcast.pipeline.sequential import solve_in_blocks, wants_blocks
 from narrowcast.pipeline.shared_ranges import SharedRanges
-from narrowcast.pipeline.solve import check_finite, solve
+from narrowcast.pipeline.solve import Job, solve
+from narrowcast.pipeline.solve_weight import check_finite, needs_of
+from narrowcast.pipeline.streams import Recording, recorded
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
@@ -59,6 +63,7 @@ def quantize(
     min_coverage: float = 0.0,
     inplace: bool = False,
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> Quantized:
     """Make a model small, and fast where its recipe computes in integers.
 
@@ -72,12 +77,15 @@ def quantize(
         min_coverage: smallest share (0 to 1) of the weights of supported layers that must end up quantized.
         inplace: change `model` itself, and save the memory of a second set of weights.
         progress: show progress on standard error.
+        resume: a directory in which every finished block is written down; a run that was interrupted goes on from
+            there with the same result. Of use where the recipe's methods work block after block.
 
     Returns:
         The quantized model in evaluation mode, with its report.
 
     Raises:
         RecipeError, ModelError, DataError, FormatError: bad input; the message says what, where and the remedy.
+        CheckpointError: `resume` holds the blocks of another model, recipe or data, or cannot be written.
         ContractError: `strict` or `min_coverage` is not met; the message lists the layers.
     """
     started = time.perf_counter()
@@ -96,13 +104,17 @@ def quantize(
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
-    calibration = Calibration()
+    calibration, recording = Calibration(), Recording()
     if data is not None:
         with progress_steps("calibrating", 1, enabled=progress) as step:
-            calibration = calibrate(adapter, plan, batches)
+            with recorded(adapter.model, data if wants_blocks(plan) else None) as recording:
+                calibration = calibrate(adapter, plan, batches)
             step("")
         notes += calibration.observation.notes
-    outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, progress=progress)
+    journal = None
+    if resume is not None and wants_blocks(plan):
+        journal = Journal(resume, fingerprint(loaded, source, recording.calls, calibration))
+    outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
     notes += more
     verdict = _judge_model(adapter, probe, inplace=inplace)
     totals = _totals(plan, outcomes, verdict, probe)
@@ -116,15 +128,30 @@ def quantize(
     return Quantized(adapter.model, report, loaded, source)
 
 
+@dataclass(frozen=True)
+class _Solver:
+    """How weights are solved: all from one pass where there is no recording, else block after block."""
+
+    recording: Recording
+    journal: Journal | None
+    progress: bool
+
+    def run(self, job: Job) -> tuple[list[LayerOutcome], list[str]]:
+        """Quantize and install every module; returns outcomes and notes."""
+        if not wants_blocks(job.plan) or not self.recording.calls:
+            return solve(job, progress=self.progress), []
+        return solve_in_blocks(job, self.recording, journal=self.journal, progress=self.progress)
+
+
 def _solve_and_fuse(
-    adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, *, progress: bool
+    adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, solver: _Solver
 ) -> tuple[list[LayerOutcome], list[str]]:
     """Quantize and install every module, then let chains of them run together; returns outcomes and notes."""
     flows = trace(adapter, plan, probe)
     shared = SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan))
-    outcomes = solve(adapter, plan, calibration, shared, progress=progress)
+    outcomes, notes = solver.run(Job(adapter, plan, calibration, shared))
     adapter.detach_()
-    notes = _settle_layout(adapter, probe)
+    notes += _settle_layout(adapter, probe)
     outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
     return outcomes, notes + fusion_notes + slower_than_float(outcomes)
 
@@ -151,6 +178,19 @@ def _check_has_data(plan: Plan, data: Any) -> None:
         raise DataError(
             f"recipe {plan.recipe.name!r} fixes the input ranges of {len(static)} layers ({static[0]!r}, ...) from "
             "calibration data, and there is none; pass data=..., or use 'dynamic-int8', which needs none"
+        )
+    needing = [row for row in plan.layers if needs_of(row)]
+    if needing and data is None:
+        row = needing[0]
+        raise DataError(
+            f"recipe {plan.recipe.name!r} solves {len(needing)} weights ({row.layer.name!r}, ...) by "
+            f"{next(iter(row.method))!r}, which needs calibration data, and there is none; pass data=..., or use "
+            "method 'rtn' or another that needs none"
+        )
+    if plan.recipe.sequential is True and data is None:
+        raise DataError(
+            f"recipe {plan.recipe.name!r} is sequential = true, which sends calibration data through the blocks, and "
+            "there is none; pass data=..., or leave sequential at 'auto'"
         )
 
 

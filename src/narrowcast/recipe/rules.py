@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from narrowcast.core import PerChannel, PerToken, QuantSpec
 from narrowcast.errors import FormatError, RecipeError
@@ -17,7 +17,7 @@ from narrowcast.observers import make_observer
 
 DEFAULT_OBSERVER = "minmax"
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential")
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class Recipe:
         correct_bias: whether, with data, the mean error of each layer is taken out through its bias.
         fuse: whether layers take in the operations that follow them: chains of static convolutions run as one network
             with 8-bit activations between them, linear layers apply the activation function behind them.
+        sequential: whether each block of the model is quantized on what the quantized blocks before it give; "auto"
+            where a method asks for more than magnitudes. False lets every block see what the float model gives.
     """
 
     rules: tuple[Rule, ...]
@@ -155,6 +157,7 @@ class Recipe:
     fold_batchnorm: bool = True
     correct_bias: bool = True
     fuse: bool = True
+    sequential: Literal["auto"] | bool = "auto"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -173,15 +176,18 @@ class Recipe:
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
+        sequential = values.get("sequential", "auto")
+        if not isinstance(sequential, bool) and sequential != "auto":
+            raise RecipeError(f"{where}: sequential is true, false or 'auto', got {sequential!r}")
         _check_text("name", values.get("name", ""), where)
         made = tuple(Rule.from_dict(rule, f"{where}: rule {index + 1}") for index, rule in enumerate(rules))
-        return cls(made, values.get("name", ""), **switches)
+        return cls(made, values.get("name", ""), **switches, sequential=sequential)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         rules = [rule.to_dict() for rule in self.rules]
         switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias, "fuse": self.fuse}
-        return {"name": self.name, **switches, "rule": rules}
+        return {"name": self.name, **switches, "sequential": self.sequential, "rule": rules}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -13,6 +13,22 @@ Outcome = Literal["quantized", "kept", "fell back", "folded"]
 
 
 @dataclass(frozen=True)
+class StepError:
+    """How far a weight is from what it should be, after one step of the work.
+
+    Args:
+        step: "rtn absmax" (what the plainest rounding would give), the name of a transform or of the solver.
+        weight_sqnr_db: SQNR of the weight; None when not measured.
+        output_error: squared error of the layer's output relative to the output's square, tr(dW H dW^T) / tr(W H W^T)
+            with H the mean of x x^T over its calibration inputs; None where H was not observed.
+    """
+
+    step: str
+    weight_sqnr_db: float | None = None
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
 class LayerOutcome:
     """What became of one weight.
 
@@ -34,6 +50,8 @@ class LayerOutcome:
         kernel: what multiplies, with its instruction set.
         seconds: time that solving took.
         float_ms, quantized_ms: median time of the float and the quantized module on the same sample; None without data.
+        errors: before the solver and after it, in the order of the work.
+        notes: what the solver says of its work: dampings, dead channels.
     """
 
     layer: str
@@ -54,6 +72,8 @@ class LayerOutcome:
     seconds: float = 0.0
     float_ms: float | None = None
     quantized_ms: float | None = None
+    errors: list[StepError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def speedup(self) -> float | None:
@@ -124,7 +144,7 @@ class Report:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The report that `to_dict` described; unknown keys of later versions are passed over."""
-        layers = [LayerOutcome(**_known(LayerOutcome, row)) for row in values["layers"]]
+        layers = [_layer(row) for row in values["layers"]]
         totals = Totals(**_known(Totals, values["totals"]))
         return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]))
 
@@ -141,6 +161,11 @@ class Report:
         return render(self)
 
 
+def _layer(row: dict[str, Any]) -> LayerOutcome:
+    errors = [StepError(**_known(StepError, error)) for error in row.get("errors", [])]
+    return LayerOutcome(**_known(LayerOutcome, row) | {"errors": errors})
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -155,7 +180,7 @@ def _known(kind: type, row: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     infinite = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
     return {
-        key: infinite.get(item, item) if isinstance(item, str) and key.endswith("_db") else item
+        key: infinite.get(item, item) if isinstance(item, str) and key.endswith(("_db", "_error")) else item
         for key, item in row.items()
         if key in names
     }

@@ -88,6 +88,21 @@ def totals_lines(totals: Totals) -> list[str]:
     return lines
 
 
+_NAMED = 3
+
+
+def solver_notes(layers: list[LayerOutcome]) -> list[str]:
+    """What solvers said, each sentence once with the layers that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in layers:
+        for note in row.notes:
+            about.setdefault(note, []).append(row.layer)
+    return [
+        f"{note}: {', '.join(names[:_NAMED])}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        for note, names in about.items()
+    ]
+
+
 def render(report: Report) -> str:
     """The whole report as text, as wide as it needs to be."""
     buffer = io.StringIO()
@@ -95,6 +110,6 @@ def render(report: Report) -> str:
     console.print(report_table(report))
     for line in totals_lines(report.totals):
         console.print(line, highlight=False, markup=False)
-    for note in report.notes:
+    for note in [*report.notes, *solver_notes(report.layers)]:
         console.print(f"note       {note}", highlight=False, markup=False)
     return buffer.getvalue().rstrip()
