@@ -181,3 +181,15 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
     """Weight and bias of a layer or normalization, those that it has."""
     found = (module._parameters.get(name) for name in ("weight", "bias"))
     return [parameter for parameter in found if parameter is not None]
+
+
+def untie_(model: nn.Module) -> list[str]:
+    """Give every layer that shares its weight with an embedding a parameter of its own; returns their paths."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    untied = []
+    for path, module in model.named_modules():
+        kind = layer_kind(module)
+        if kind is not None and id(module.weight) in tables:
+            module.weight = nn.Parameter(module.weight.detach(), requires_grad=False)  # type: ignore[operator]
+            untied.append(path)
+    return untied

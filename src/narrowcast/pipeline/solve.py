@@ -127,7 +127,7 @@ def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activa
     if ratio is not None and activation.scale is not None:
         weight = fold_input_scales(weight, activation.scale, adapter.input_groups(row.layer.sites[0]))
     if seen is not None and seen.importance is not None:
-        seen = replace(seen, importance=_damped(seen.importance, ratio))
+        seen = replace(seen, importance=damped(seen.importance, ratio))
     method = cast(WeightMethod, make_method(row.method))
     try:
         record = method.quantize(weight, row.weight, seen)
@@ -137,7 +137,7 @@ def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activa
     return _Solved(record, weight_sqnr_db(weight, record), text, time.perf_counter() - started)
 
 
-def _damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
+def damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
     """Importance of each column from its input's mean square: half the relative magnitude, half the same for all.
 
     The mean square itself is right for the error of this layer's output but overfits what calibration saw: with it a
