@@ -18,9 +18,11 @@ from narrowcast.core import QuantSpec
 from narrowcast.errors import RecipeError
 from narrowcast.kernels import kernel_name
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
+from narrowcast.models.rewrite import untie_
 from narrowcast.nn import INTEGER_MODES, activation_mode
 from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
 from narrowcast.report import format_bytes
+from narrowcast.transforms import make_transform
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,16 @@ def plan(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe) -> P
     """
     loaded = load_recipe(recipe)
     adapter = TorchModel(model)
+    untie_for(adapter, loaded)
     folds = find_pairs(adapter.model, None) if loaded.fold_batchnorm else FoldReport()
     return make_plan(adapter, loaded, folds)
+
+
+def untie_for(adapter: TorchModel, recipe: Recipe) -> None:
+    """Untie heads where a transform of the recipe asks for it; before the adapter lists its layers."""
+    wanted = any(getattr(make_transform(values), "untie", False) for values in recipe.transforms)
+    for path in untie_(adapter.model) if wanted else []:
+        adapter.notes.append(f"{path} was tied to an embedding; it has a matrix of its own now, as rotate asks")
 
 
 def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
@@ -149,6 +159,9 @@ def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
     largest = max((row.layer.parameters for row in rows if row.weight is not None), default=0)
     notes = [*adapter.notes, *(f"BatchNorm {norm} is folded into {conv}" for norm, conv in folds.folded.items())]
     notes += [f"BatchNorm {norm} stays: {why}" for norm, why in folds.kept.items()]
+    if recipe.transforms:
+        names = ", ".join(name for entry in recipe.transforms for name in entry)
+        notes.append(f"before quantizing: {names}; the float function stays the same")
     # solving holds a float32 copy of one weight, its codes, and about three more of that size while it searches
     return Plan(type(adapter.original).__name__, recipe, rows, before, after, before + after + 20 * largest, notes)
 

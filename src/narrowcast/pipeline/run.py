@@ -28,7 +28,8 @@ from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.pipeline.solve import Job, solve
 from narrowcast.pipeline.solve_weight import check_finite, needs_of
 from narrowcast.pipeline.streams import Recording, recorded
-from narrowcast.planning import LayerPlan, Plan, make_plan
+from narrowcast.pipeline.transform import transform
+from narrowcast.planning import LayerPlan, Plan, make_plan, untie_for
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
 from narrowcast.report import LayerOutcome, Report, Totals
@@ -93,6 +94,7 @@ def quantize(
         raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
     loaded = load_recipe(recipe)
     adapter = TorchModel(model, inplace=inplace)
+    untie_for(adapter, loaded)
     batches = rewindable(data)
     before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
     _check_has_values(adapter)
@@ -104,6 +106,8 @@ def quantize(
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
+    transformed = transform(adapter, plan, None if data is None else batches, probe)
+    notes += transformed.notes
     calibration, recording = Calibration(), Recording()
     if data is not None:
         with progress_steps("calibrating", 1, enabled=progress) as step:
@@ -122,7 +126,7 @@ def quantize(
         totals, parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes)
+    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes, transformed.changes)
     if strict:
         _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)

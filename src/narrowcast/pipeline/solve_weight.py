@@ -87,7 +87,7 @@ def task_of(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activ
     if relative is not None and activation.scale is not None:
         weight = fold_input_scales(weight, activation.scale, groups)
     if seen is not None and seen.importance is not None:
-        seen = replace(seen, importance=_damped(seen.importance, relative))
+        seen = replace(seen, importance=damped(seen.importance, relative))
     evidence = None if why_unseen(adapter, row.layer, calibration) else _joined(row.layer, calibration)
     if evidence is None:
         return Task(weight, row.weight, seen, basis, None, columns)
@@ -236,7 +236,7 @@ def _output_error(task: Task, record: QuantizedTensor) -> float | None:
     return square(task.weight - record.dequantize()) / signal if signal > 0 else None
 
 
-def _damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
+def damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
     """Importance of each column from its input's mean square: half the relative magnitude, half the same for all.
 
     The mean square itself is right for the error of this layer's output but overfits what calibration saw: with it a

@@ -14,10 +14,11 @@ from narrowcast.methods import make_method
 from narrowcast.models import Layer
 from narrowcast.nn import activation_spec
 from narrowcast.observers import make_observer
+from narrowcast.transforms import make_transform
 
 DEFAULT_OBSERVER = "minmax"
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "transforms")
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class Recipe:
             with 8-bit activations between them, linear layers apply the activation function behind them.
         sequential: whether each block of the model is quantized on what the quantized blocks before it give; "auto"
             where a method asks for more than magnitudes. False lets every block see what the float model gives.
+        transforms: function-preserving rewrites before anything is quantized, in order, each one name with its options.
     """
 
     rules: tuple[Rule, ...]
@@ -158,6 +160,7 @@ class Recipe:
     correct_bias: bool = True
     fuse: bool = True
     sequential: Literal["auto"] | bool = "auto"
+    transforms: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -181,13 +184,15 @@ class Recipe:
             raise RecipeError(f"{where}: sequential is true, false or 'auto', got {sequential!r}")
         _check_text("name", values.get("name", ""), where)
         made = tuple(Rule.from_dict(rule, f"{where}: rule {index + 1}") for index, rule in enumerate(rules))
-        return cls(made, values.get("name", ""), **switches, sequential=sequential)
+        transforms = _transforms(values.get("transforms", []), where)
+        return cls(made, values.get("name", ""), **switches, sequential=sequential, transforms=transforms)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         rules = [rule.to_dict() for rule in self.rules]
         switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias, "fuse": self.fuse}
-        return {"name": self.name, **switches, "sequential": self.sequential, "rule": rules}
+        transforms = {"transforms": [_plain(entry) for entry in self.transforms]} if self.transforms else {}
+        return {"name": self.name, **switches, "sequential": self.sequential, **transforms, "rule": rules}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -240,3 +245,23 @@ def _method(values: Any, where: str) -> dict[str, Any]:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     return {name: dict(options) for name, options in values.items()}
+
+
+def _transforms(values: Any, where: str) -> tuple[dict[str, dict[str, Any]], ...]:
+    if not isinstance(values, list | tuple):
+        raise RecipeError(f"{where}: transforms is a list like ['equalize', {{'awq': {{}}}}], got {values!r}")
+    made = []
+    for value in values:
+        entry = {value: {}} if isinstance(value, str) else value
+        try:
+            make_transform(entry)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        made.append({name: dict(options) for name, options in entry.items()})
+    return tuple(made)
+
+
+def _plain(entry: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A transform as a recipe file has it: its name alone where it has no options."""
+    (name, options), *_ = entry.items()
+    return {name: dict(options)} if options else name

@@ -84,6 +84,26 @@ class LayerOutcome:
 
 
 @dataclass(frozen=True)
+class LayerChange:
+    """What one transform did to how well one layer can be quantized under the recipe, by round-to-nearest.
+
+    Args:
+        transform: its name in the recipe.
+        layer: name of the weight.
+        weight_sqnr_before_db, weight_sqnr_after_db: SQNR of the quantized weight.
+        output_sqnr_before_db, output_sqnr_after_db: SQNR of the layer's output with weights and inputs quantized, on a
+            sample of its inputs; None without one.
+    """
+
+    transform: str
+    layer: str
+    weight_sqnr_before_db: float
+    weight_sqnr_after_db: float
+    output_sqnr_before_db: float | None = None
+    output_sqnr_after_db: float | None = None
+
+
+@dataclass(frozen=True)
 class Totals:
     """Sums over the model.
 
@@ -128,6 +148,7 @@ class Report:
         layers: one outcome per weight, in the model's order.
         totals: sums.
         notes: decisions that concern no single layer.
+        changes: what each transform did to each layer, in order.
     """
 
     recipe: str
@@ -135,6 +156,7 @@ class Report:
     layers: list[LayerOutcome]
     totals: Totals
     notes: list[str] = field(default_factory=list)
+    changes: list[LayerChange] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinite decibels (nothing was lost) are the text "inf"."""
@@ -146,7 +168,8 @@ class Report:
         """The report that `to_dict` described; unknown keys of later versions are passed over."""
         layers = [_layer(row) for row in values["layers"]]
         totals = Totals(**_known(Totals, values["totals"]))
-        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]))
+        changes = [LayerChange(**_known(LayerChange, row)) for row in values.get("changes", [])]
+        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]), changes)
 
     def save_json(self, path: str | Path) -> None:
         """Write the report; the file appears whole or not at all."""
