@@ -7,11 +7,12 @@ from dataclasses import fields
 from typing import Any
 
 from narrowcast.errors import RecipeError
+from narrowcast.methods.adaround import AdaRound
 from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
 from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
-METHODS: dict[str, type[Any]] = {"rtn": Rtn}
+METHODS: dict[str, type[Any]] = {"rtn": Rtn, "adaround": AdaRound}
 """Every solver by the name that recipes use: a `WeightMethod`, or a `BlockMethod` where it needs a block."""
 
 
@@ -44,6 +45,7 @@ def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMetho
 
 __all__ = [
     "METHODS",
+    "AdaRound",
     "Block",
     "BlockMethod",
     "Need",
