@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from narrowcast.report.findings import Finding
+
 Outcome = Literal["quantized", "kept", "fell back", "folded"]
 
 
@@ -108,6 +110,7 @@ class Report:
         layers: one outcome per weight, in the model's order.
         totals: sums.
         notes: decisions that concern no single layer.
+        findings: what the calibration doctor says about the data, worst first.
     """
 
     recipe: str
@@ -115,6 +118,7 @@ class Report:
     layers: list[LayerOutcome]
     totals: Totals
     notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinite decibels (nothing was lost) are the text "inf"."""
@@ -126,7 +130,8 @@ class Report:
         """The report that `to_dict` described; unknown keys of later versions are passed over."""
         layers = [LayerOutcome(**_known(LayerOutcome, row)) for row in values["layers"]]
         totals = Totals(**_known(Totals, values["totals"]))
-        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]))
+        findings = [Finding.from_dict(row) for row in values.get("findings", [])]
+        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]), findings)
 
     def save_json(self, path: str | Path) -> None:
         """Write the report; the file appears whole or not at all."""
