@@ -15,6 +15,23 @@ def test_plan_tells_every_layer(cli, project):
     assert planned["bytes_after"] < planned["bytes_before"]
 
 
+def test_plan_examines_data(cli, project, images):
+    answer = cli("plan", f"{project}:build", "-r", "static-int8", "-d", images)  # of random pixels
+    assert answer.code == 0, answer.err
+    assert "warning    data: input 'x': neighbouring pixels are unrelated" in answer.out
+    found = cli("plan", f"{project}:build", "-r", "static-int8", "-d", images, "--json").json["findings"]
+    assert [row["topic"] for row in found] == ["noise"]
+
+
+def test_quantize_prints_what_the_doctor_says_and_strict_refuses(cli, project, here):
+    np.savez(here / "blank.npz", images=np.zeros((48, 8, 8, 3), np.uint8))
+    common = ("quantize", f"{project}:build", "-r", "weight-int8", "-d", "blank.npz", "-o", "out")
+    assert "severe     data: calibration data: 47 of 48 rows repeat an earlier one" in cli(*common).out
+    answer = cli(*common, "--strict")
+    assert answer.code == 2
+    assert "the calibration data cannot be trusted" in " ".join(answer.err.split())
+
+
 def test_quantize_then_inspect_compare_and_bench(cli, project, images):
     answer = cli("quantize", f"{project}:build", "-r", "static-int8", "-d", images, "-o", "out", "--report", "r.json")
     assert answer.code == 0, answer.err

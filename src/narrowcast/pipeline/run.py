@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
+from narrowcast.pipeline.doctor import Doctor, refuse_severe, sort_findings, unseen
 from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls, slower_than_float
 from narrowcast.pipeline.resume import Journal, fingerprint
@@ -32,7 +34,7 @@ from narrowcast.pipeline.transform import transform
 from narrowcast.planning import LayerPlan, Plan, make_plan, untie_for
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
-from narrowcast.report import LayerOutcome, Report, Totals
+from narrowcast.report import Finding, LayerOutcome, Report, Totals
 
 # Float32 rounding of a network of this depth; a fold that changes more than this has changed the function.
 _SAME_FUNCTION_DB = 60.0
@@ -74,7 +76,8 @@ def quantize(
         data: calibration data: a DataLoader, an iterable of tensors, tuples or dicts, texts, or a callable that runs
             the model. Needed for static ranges; with it, weights are rounded with the inputs in mind, and the report
             has errors and speeds.
-        strict: raise where a layer that the recipe wants quantized is not, or not as the recipe says.
+        strict: raise where a layer that the recipe wants quantized is not, or not as the recipe says, and where the
+            data cannot be trusted (a severe finding of the calibration doctor).
         min_coverage: smallest share (0 to 1) of the weights of supported layers that must end up quantized.
         inplace: change `model` itself, and save the memory of a second set of weights.
         progress: show progress on standard error.
@@ -105,16 +108,15 @@ def quantize(
     _check_has_data(plan, data)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
+    doctor = None if probe is None else Doctor.of(adapter, plan, probe)
+    if doctor is not None:
+        batches = doctor.read(data, batches, strict=strict)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     transformed = transform(adapter, plan, None if data is None else batches, probe)
     notes += transformed.notes
-    calibration, recording = Calibration(), Recording()
-    if data is not None:
-        with progress_steps("calibrating", 1, enabled=progress) as step:
-            with recorded(adapter.model, data if wants_blocks(plan) else None) as recording:
-                calibration = calibrate(adapter, plan, batches)
-            step("")
-        notes += calibration.observation.notes
+    with recorded(adapter.model, data) if wants_blocks(plan) else nullcontext(Recording()) as recording:
+        calibration, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
+    notes += calibration.observation.notes
     journal = None
     if resume is not None and wants_blocks(plan):
         journal = Journal(resume, fingerprint(loaded, source, recording.calls, calibration))
@@ -126,7 +128,7 @@ def quantize(
         totals, parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes, transformed.changes)
+    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes, transformed.changes, findings)
     if strict:
         _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)
@@ -145,6 +147,21 @@ class _Solver:
         if not wants_blocks(job.plan) or not self.recording.calls:
             return solve(job, progress=self.progress), []
         return solve_in_blocks(job, self.recording, journal=self.journal, progress=self.progress)
+
+
+def _calibrate(
+    adapter: TorchModel, plan: Plan, batches: Any, doctor: Doctor | None, *, strict: bool, progress: bool
+) -> tuple[Calibration, list[Finding]]:
+    """One pass over the data, and what the doctor says of it; nothing without data."""
+    if doctor is None:
+        return Calibration(), []
+    with progress_steps("calibrating", 1, enabled=progress) as step:
+        calibration = calibrate(adapter, plan, batches)
+        step("")
+    findings = sort_findings(doctor.findings() + unseen(adapter, plan, calibration))
+    if strict:
+        refuse_severe(findings)
+    return calibration, findings
 
 
 def _solve_and_fuse(

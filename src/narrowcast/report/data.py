@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from narrowcast.report.findings import Finding
+
 Outcome = Literal["quantized", "kept", "fell back", "folded"]
 
 
@@ -149,6 +151,7 @@ class Report:
         totals: sums.
         notes: decisions that concern no single layer.
         changes: what each transform did to each layer, in order.
+        findings: what the calibration doctor says about the data, worst first.
     """
 
     recipe: str
@@ -157,6 +160,7 @@ class Report:
     totals: Totals
     notes: list[str] = field(default_factory=list)
     changes: list[LayerChange] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinite decibels (nothing was lost) are the text "inf"."""
@@ -169,7 +173,8 @@ class Report:
         layers = [_layer(row) for row in values["layers"]]
         totals = Totals(**_known(Totals, values["totals"]))
         changes = [LayerChange(**_known(LayerChange, row)) for row in values.get("changes", [])]
-        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]), changes)
+        findings = [Finding.from_dict(row) for row in values.get("findings", [])]
+        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]), changes, findings)
 
     def save_json(self, path: str | Path) -> None:
         """Write the report; the file appears whole or not at all."""

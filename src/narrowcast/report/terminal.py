@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.report.data import LayerOutcome, Report, Totals
+from narrowcast.report.findings import Finding
 
 
 def format_bytes(count: float) -> str:
@@ -103,12 +104,19 @@ def solver_notes(layers: list[LayerOutcome]) -> list[str]:
     ]
 
 
+def finding_lines(findings: list[Finding]) -> list[str]:
+    """What the calibration doctor says, one finding per line."""
+    return [f"{finding.severity:<10} data: {finding}" for finding in findings]
+
+
 def render(report: Report) -> str:
     """The whole report as text, as wide as it needs to be."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=160, force_terminal=False)
     console.print(report_table(report))
     for line in totals_lines(report.totals):
+        console.print(line, highlight=False, markup=False)
+    for line in finding_lines(report.findings):
         console.print(line, highlight=False, markup=False)
     for note in [*report.notes, *solver_notes(report.layers)]:
         console.print(f"note       {note}", highlight=False, markup=False)
