@@ -5,7 +5,7 @@
     python -m benchmarks.low_bits --quick                              fewer samples, into build/benchmarks
 
 Each cell is measured in a process of its own, so peak memory is that of one method. Weights of attention, feed-forward
-and convolution layers get the format; embeddings, and heads that are tied to one, stay float32, as the peers leave them.
+and convolution layers get the format; embeddings, and heads tied to one, stay float32, as the peers leave them.
 Scores are those of samples that calibration did not see; the interval of the difference to float32 is that of a paired
 bootstrap over images, sentence pairs or whole stories.
 """

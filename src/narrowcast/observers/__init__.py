@@ -11,7 +11,7 @@ from narrowcast.observers.channel_magnitude import ChannelMagnitude
 from narrowcast.observers.channel_range import ChannelRange
 from narrowcast.observers.entropy import Entropy
 from narrowcast.observers.grouped_hessian import GroupedHessian
-from narrowcast.observers.hessian import HessianObserver
+from narrowcast.observers.hessian import Hessian
 from narrowcast.observers.minmax import MinMax
 from narrowcast.observers.moving_average import MovingAverage
 from narrowcast.observers.mse import Mse
@@ -64,7 +64,7 @@ __all__ = [
     "ChannelRange",
     "Entropy",
     "GroupedHessian",
-    "HessianObserver",
+    "Hessian",
     "MinMax",
     "MovingAverage",
     "Mse",

@@ -19,7 +19,7 @@ from narrowcast.methods import BlockMethod, Seen, make_method
 from narrowcast.models import ModelBlock, find_blocks
 from narrowcast.models.modules import get_module
 from narrowcast.models.patches import evenly
-from narrowcast.observers import ChannelMagnitude, GroupedHessian, HessianObserver
+from narrowcast.observers import ChannelMagnitude, GroupedHessian, Hessian
 from narrowcast.pipeline.block_view import LayerUse, ModuleBlock
 from narrowcast.pipeline.calibrate import Calibration, Evidence, thinned
 from narrowcast.pipeline.resume import Journal
@@ -301,7 +301,7 @@ class _Watcher:
         self.grouped = job.adapter.input_groups(site) > 1
         self.channel_dim = job.adapter.channel_dim(path)
         self.magnitude = ChannelMagnitude()
-        self.hessian = GroupedHessian() if self.grouped else HessianObserver()
+        self.hessian = GroupedHessian() if self.grouped else Hessian()
         self.inputs: list[Tensor] = []
         self.samples = 0
 
