@@ -8,11 +8,12 @@ from typing import Any
 
 from narrowcast.errors import RecipeError
 from narrowcast.methods.adaround import AdaRound
+from narrowcast.methods.autoround import AutoRound
 from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
 from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
-METHODS: dict[str, type[Any]] = {"rtn": Rtn, "adaround": AdaRound}
+METHODS: dict[str, type[Any]] = {"rtn": Rtn, "adaround": AdaRound, "autoround": AutoRound}
 """Every solver by the name that recipes use: a `WeightMethod`, or a `BlockMethod` where it needs a block."""
 
 
@@ -46,6 +47,7 @@ def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMetho
 __all__ = [
     "METHODS",
     "AdaRound",
+    "AutoRound",
     "Block",
     "BlockMethod",
     "Need",
