@@ -45,7 +45,12 @@ def test_every_family_has_a_name_of_its_own_and_edges() -> None:
 
 
 def test_a_block_belongs_to_one_family_though_several_share_names() -> None:
-    for name, expected in (("gemma3", "Gemma 2 and 3"), ("phi", "Phi"), ("phi3", "Phi-3"), ("bert", "BERT, RoBERTa, MiniLM")):
+    for name, expected in (
+        ("gemma3", "Gemma 2 and 3"),
+        ("phi", "Phi"),
+        ("phi3", "Phi-3"),
+        ("bert", "BERT, RoBERTa, MiniLM"),
+    ):
         families = [family.name for family, _ in family_blocks(tiny(name)[0])]
         assert families == [expected] * 2
 
@@ -114,7 +119,9 @@ def test_an_unfolded_batchnorm_or_a_hook_lies_between() -> None:
 
 
 def test_plain_sequentials_need_no_pattern() -> None:
-    body = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 5, 1), nn.SiLU(), nn.Conv2d(5, 6, 1))
+    body = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 5, 1), nn.SiLU(), nn.Conv2d(5, 6, 1)
+    )
     pairs = {feed.producer: [reader.path for reader in feed.readers] for feed in pattern_feeds(body).usable()}
     assert pairs == {"0.0": ["1"]}
 

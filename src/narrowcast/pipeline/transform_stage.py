@@ -199,7 +199,9 @@ class Stage:
 
 def _common(first: str, second: str) -> int:
     """How many leading characters two paths share."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _watcher(path: str, sample: InputSample, channel_dim: int) -> Callable[..., None]:

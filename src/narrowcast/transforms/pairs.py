@@ -16,7 +16,9 @@ def checked_pairs(transform: str, pairs: Any) -> tuple[Pair, ...]:
     Raises:
         RecipeError: they are not a list of [producer, consumer] texts.
     """
-    problem = f"{transform}: pairs is {pairs!r}; write a list of [producer, consumer] patterns, like [['*.fc1', '*.fc2']]"
+    problem = (
+        f"{transform}: pairs is {pairs!r}; write a list of [producer, consumer] patterns, like [['*.fc1', '*.fc2']]"
+    )
     if not isinstance(pairs, list | tuple):
         raise RecipeError(problem)
     for pair in pairs:
