@@ -34,9 +34,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**_COMMON)),
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**_COMMON)),
     "vit": lambda: hf.ViTModel(
-        hf.ViTConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
-        )
+        hf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
     ),
 }  # fmt: skip
 

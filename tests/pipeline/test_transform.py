@@ -1,4 +1,4 @@
-"""Transforms in the pipeline: the float function stays, wrong pairs are refused by name, the user's model is untouched."""
+"""Transforms in the pipeline: the float function stays, wrong pairs are refused, the caller's model is untouched."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_named_pairs_alone_are_scaled_and_patterns_must_match() -> None:
     pairs = [["*.up_proj", "*.down_proj"]]
     _, done = transformed(model, [x], [{"smoothquant": {"pairs": pairs}}])
     assert {row.layer.rpartition(".")[2] for row in done.changes} == {"up_proj", "down_proj"}
-    with pytest.raises(RecipeError, match="'\\*.fc1'"):
+    with pytest.raises(RecipeError, match=r"'\*.fc1'"):
         transformed(model, [x], [{"awq": {"pairs": [["*.fc1", "*.down_proj"]]}}])
     with pytest.raises(ModelError, match=r"'model.layers.0.mlp.up_proj' -> 'model.layers.0.self_attn.q_proj'"):
         transformed(model, [x], [{"awq": {"pairs": [["*.0.mlp.up_proj", "*.0.*.q_proj"]]}}])

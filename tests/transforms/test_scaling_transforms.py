@@ -1,4 +1,4 @@
-"""Equalization, SmoothQuant, AWQ and absorption as functions on tensors: the product of two layers stays what it was."""
+"""Equalization, SmoothQuant, AWQ and absorption on tensors: two layers in a row keep their function."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_ceiling_bounds_the_scale_and_stops_channels_that_come_near_it() -> No
     assert movable.tolist() == [True, False, False, True]
     assert lowest[0] == pytest.approx(0.25)
     assert lowest[3] == 0
-    # below the bound the clipped function is the same: min(z / s, 6) s = min(z, 6) for all z up to 1.25 times the largest
+    # within the bound the clipped function is the same, up to 1.25 times the largest value
     z, s = torch.linspace(-2, 1.5, 50).double(), lowest[0]
     torch.testing.assert_close((z / s).clamp(0, 6) * s, z.clamp(0, 6))
 

@@ -92,8 +92,8 @@ def _equalize(stage: Stage, transform: Equalize, feeds: list[Feed]) -> Chosen:
     clipped = [feed for feed in feeds if bool((feed.ceiling < math.inf).any())]
     if clipped and stage.data is None:
         chosen.notes.append(
-            f"equalize: {len(clipped)} producers before a ReLU6 ({clipped[0].producer!r}, ...) are left: without data it "
-            "is not known how near to its ceiling they come"
+            f"equalize: {len(clipped)} producers before a ReLU6 ({clipped[0].producer!r}, ...) are left: without data "
+            "it is not known how near to its ceiling they come"
         )
         feeds = [feed for feed in feeds if feed not in clipped]
     elif stage.data is not None:

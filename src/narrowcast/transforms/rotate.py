@@ -76,7 +76,8 @@ def random_orthogonal(width: int, generator: torch.Generator) -> Tensor:
         Mezzadri 2007, math-ph/0609050: QR of a Gaussian matrix with the signs of R's diagonal.
     """
     q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
+    return signed
 
 
 def hadamard_matrix(width: int) -> Tensor | None:
