@@ -15,6 +15,7 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 _GROUPED = _COMMON | {"num_key_value_heads": 2}
 _HEADS = _GROUPED | {"head_dim": 8}
+_SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _OPT = {key: value for key, value in _COMMON.items() if key != "intermediate_size"}
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -34,7 +35,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**_COMMON)),
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**_COMMON)),
     "vit": lambda: hf.ViTModel(
-        hf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+        hf.ViTConfig(**_SMALL, image_size=16, patch_size=8)
     ),
 }  # fmt: skip
 
