@@ -333,10 +333,12 @@ def test_smoothing_an_outlier_channel_helps_per_token_inputs() -> None:
 def test_the_whole_pipeline_runs_transforms_and_reports_them(tmp_path: Any) -> None:
     model, x = example("cnn")
     values = recipe(
-        ["equalize", {"awq": {"grid": 2}}], weight="int8/channel", given_input="uint8/channel static:minmax"
+        ["equalize", {"smoothquant": {"strength": 0.5}}],
+        weight="int8/channel",
+        given_input="uint8/channel static:minmax",
     )
     result = nc.quantize(model, values, list(x.split(16)), progress=False)
-    assert {row.transform for row in result.report.changes} == {"equalize", "awq"}
+    assert {row.transform for row in result.report.changes} == {"equalize", "smoothquant"}
     assert result.report.totals.output_sqnr_db is not None
     assert result.report.totals.output_sqnr_db > 20
     result.report.save_json(tmp_path / "report.json")
