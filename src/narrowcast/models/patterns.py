@@ -301,7 +301,8 @@ def _sequential_edges(model: nn.Module) -> Iterator[Edge]:
         if type(module) is not nn.Sequential or id(module) in inside:
             continue
         inside |= {id(part) for part in module.modules() if type(part) is nn.Sequential}
-        before, between = "", []
+        before = ""
+        between: list[str] = []
         for name, part in _flat(module, path):
             if places[id(part)] > 1:
                 before = ""

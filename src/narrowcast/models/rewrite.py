@@ -104,15 +104,15 @@ def as_norm(module: nn.Module) -> Norm | None:
     if not looks_like_norm(module) or module.weight.is_meta:  # type: ignore[union-attr, operator]
         return None
     trial: Any = copy.deepcopy(module).double().eval()
-    x = torch.randn(3, trial.weight.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    bias = getattr(trial, "bias", None)
+    weight, bias = trial.weight.detach(), getattr(trial, "bias", None)
+    x = torch.randn(3, weight.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         with torch.no_grad():
             before = trial(x)
+            if bias is not None:
+                trial.bias = nn.Parameter(2 * bias.detach())
             for offset in (0.0, 1.0):
-                trial.weight = nn.Parameter(2 * (module.weight.double() + offset) - offset)  # type: ignore[operator]
-                if bias is not None:
-                    trial.bias = nn.Parameter(2 * module.bias.double())  # type: ignore[operator]
+                trial.weight = nn.Parameter(2 * (weight + offset) - offset)
                 if torch.allclose(trial(x), 2 * before, rtol=1e-3, atol=1e-6):
                     return Norm(offset)
     except (RuntimeError, TypeError, ValueError):  # it wants other inputs: not a normalization of the last dimension

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from narrowcast.core import block_shape
 from narrowcast.errors import DataError
 from narrowcast.models.feeds import Feed
 from narrowcast.models.rewrite import groups_of, kernel_of, layer_kind, matrix
@@ -57,16 +58,31 @@ def choose_scales(stage: Stage, name: str, transform: Equalize | SmoothQuant | A
     if stage.data is None:
         raise DataError(f"transform {name} looks at activations, and there is no calibration data; pass data=...")
     wanted = [feed for feed in feeds if any(stage.row(reader.path) is not None for reader in feed.readers)]
-    stage.observe({reader.path for feed in wanted for reader in feed.readers})
     chosen = Chosen()
     if len(wanted) < len(feeds):
         chosen.notes.append(f"{name}: {len(feeds) - len(wanted)} producers feed only layers that stay float")
+    shared = [feed for feed in wanted if _rows_share_scales(stage, feed.producer)]
+    if shared:
+        chosen.notes.append(
+            f"{name}: {len(shared)} layers ({shared[0].producer!r}, ...) have one scale for several output channels, "
+            "which scaling these channels would make coarser; they are left to 'equalize'"
+        )
+        wanted = [feed for feed in wanted if feed not in shared]
+    stage.observe({reader.path for feed in wanted for reader in feed.readers})
     for feed in wanted:
         if isinstance(transform, Awq):
             _awq(stage, transform, feed, chosen)
         else:
             _smooth(stage, transform, feed, chosen)
     return chosen
+
+
+def _rows_share_scales(stage: Stage, path: str) -> bool:
+    """Whether a producer is quantized with scales over several rows: then its own error depends on theirs."""
+    row = stage.row(path)
+    if row is None or row.weight is None or not row.weight.format.scaled:
+        return False
+    return block_shape(row.weight.granularity, (row.layer.shape[0], row.layer.shape[1]))[0] > 1
 
 
 def _equalize(stage: Stage, transform: Equalize, feeds: list[Feed]) -> Chosen:
@@ -76,8 +92,8 @@ def _equalize(stage: Stage, transform: Equalize, feeds: list[Feed]) -> Chosen:
     clipped = [feed for feed in feeds if bool((feed.ceiling < math.inf).any())]
     if clipped and stage.data is None:
         chosen.notes.append(
-            f"equalize: {len(clipped)} producers before a ReLU6 ({clipped[0].producer!r}, ...) are left: without data it "
-            "is not known how near to its ceiling they come"
+            f"equalize: {len(clipped)} producers before a ReLU6 ({clipped[0].producer!r}, ...) are left: without data "
+            "it is not known how near to its ceiling they come"
         )
         feeds = [feed for feed in feeds if feed not in clipped]
     elif stage.data is not None:

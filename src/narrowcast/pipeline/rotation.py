@@ -61,8 +61,8 @@ def rotation(stage: Stage, transform: Rotate) -> Rewrite:
 
     readers = [path for paths in stream.norms.values() for path in paths]
     note = (
-        f"rotate: the stream of {len(stream.norms)} norms and {len(stream.writers)} writers ({stream.family}) by {name}; "
-        "scales of the norms folded into the layers that read them"
+        f"rotate: the stream of {len(stream.norms)} norms and {len(stream.writers)} writers ({stream.family}) by "
+        f"{name}; scales of the norms folded into the layers that read them"
     )
     return Rewrite([Step((stream.embedding, *readers, *stream.writers), apply)], [note])
 
@@ -81,8 +81,8 @@ def _check(stage: Stage, stream: Streams) -> None:
     for path, readers in stream.norms.items():
         if not commutes_with_rotation(stage.module(path)):
             raise ModelError(
-                f"transform rotate: {path!r} ({type(stage.module(path)).__name__}) does not commute with a rotation: it "
-                "subtracts a mean or shifts its output; only RMSNorm without a bias does"
+                f"transform rotate: {path!r} ({type(stage.module(path)).__name__}) does not commute with a rotation: "
+                "it subtracts a mean or shifts its output; only RMSNorm without a bias does"
             )
         feed = stage.feeds.feeds.get(path)
         if feed is not None and (not bool(feed.free.all()) or {r.path for r in feed.readers} != set(readers)):

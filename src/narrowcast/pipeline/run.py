@@ -96,11 +96,9 @@ def quantize(
     if not 0.0 <= min_coverage <= 1.0:
         raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
     loaded = load_recipe(recipe)
-    adapter = TorchModel(model, inplace=inplace)
-    untie_for(adapter, loaded)
+    adapter = _opened(model, loaded, inplace=inplace)
     batches = rewindable(data)
     before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
-    _check_has_values(adapter)
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
@@ -112,7 +110,7 @@ def quantize(
     if doctor is not None:
         batches = doctor.read(data, batches, strict=strict)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
-    transformed = transform(adapter, plan, None if data is None else batches, probe)
+    transformed = transform(adapter, plan, batches, probe)
     notes += transformed.notes
     with recorded(adapter.model, data) if wants_blocks(plan) else nullcontext(Recording()) as recording:
         calibration, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
@@ -175,6 +173,14 @@ def _solve_and_fuse(
     notes += _settle_layout(adapter, probe)
     outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
     return outcomes, notes + fusion_notes + slower_than_float(outcomes)
+
+
+def _opened(model: nn.Module, recipe: Recipe, *, inplace: bool) -> TorchModel:
+    """The adapter, its heads untied where the recipe's transforms ask for it; raises where weights have no values."""
+    adapter = TorchModel(model, inplace=inplace)
+    untie_for(adapter, recipe)
+    _check_has_values(adapter)
+    return adapter
 
 
 def _check_has_values(adapter: TorchModel) -> None:

@@ -1,4 +1,4 @@
-"""What every transform of the pipeline works on: the model, its feeds, what the data shows of them, errors of layers."""
+"""What every transform of the pipeline works on: the model, its feeds, what the data shows, errors of layers."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Stage:
         else:
             return feed
         raise ModelError(
-            f"transform {transform}: the pair {producer!r} -> {nearest!r} does not keep the function: {why}; leave it out"
+            f"transform {transform}: the pair {producer!r} -> {nearest!r} changes the function: {why}; leave it out"
         )
 
     def dequantized(self, row: LayerPlan, weight: Tensor, mean_square: Tensor | None) -> Tensor:

@@ -76,20 +76,22 @@ def random_orthogonal(width: int, generator: torch.Generator) -> Tensor:
         Mezzadri 2007, math-ph/0609050: QR of a Gaussian matrix with the signs of R's diagonal.
     """
     q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
+    return signed
 
 
 def hadamard_matrix(width: int) -> Tensor | None:
     """A matrix of +1 and -1 with orthogonal rows, [width, width] float64; None where no construction here gives one."""
-    doublings, core = 0, width
-    while core > 0:
-        if (made := _core(core)) is not None:
-            for _ in range(doublings):
+    if width < 1:
+        return None
+    odd, doublings = width, 0
+    while odd % 2 == 0:
+        odd, doublings = odd // 2, doublings + 1
+    for left in range(doublings, -1, -1):  # as many of Sylvester's doublings as there can be
+        if (made := _core(width >> left)) is not None:
+            for _ in range(left):
                 made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
             return made
-        if core % 2:
-            return None
-        core, doublings = core // 2, doublings + 1
     return None
 
 
