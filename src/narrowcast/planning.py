@@ -18,7 +18,7 @@ from narrowcast.core import QuantSpec
 from narrowcast.errors import RecipeError
 from narrowcast.kernels import kernel_name
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
-from narrowcast.nn import INTEGER_MODES, activation_mode
+from narrowcast.nn import INTEGER_MODES, activation_mode, outlier_bits
 from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
 from narrowcast.report import format_bytes
 
@@ -190,10 +190,30 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
         kernel, integer = ", ".join(sorted(kernel_name(str(op)) for op in ops)), True
     elif mode == "cast":
         kernel = f"product in {rule.input}"
+    if rule.input is not None and rule.input.outliers and consumers:
+        count = _outlier_count(layer, rule)
+        bits += outlier_bits(shape[0], count) / layer.parameters
+        kernel += f", and {count} of {shape[1]} inputs in torch mm"
     if len(layer.sites) > 1:
         reason = "tied: " + ", ".join(site.path for site in layer.sites)
     bytes_after = round(bits * layer.parameters / 8)
     return LayerPlan(layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer)
+
+
+def _outlier_count(layer: Layer, rule: Rule) -> int:
+    """Input channels of a layer that stay float.
+
+    Raises:
+        RecipeError: it is not one linear layer of its own.
+    """
+    assert rule.input is not None
+    if layer.type not in ("Linear", "Conv1D") or len(layer.sites) > 1:
+        what = "a tied weight" if len(layer.sites) > 1 else f"a {layer.type}"
+        raise RecipeError(
+            f"layer {layer.name!r} is {what}, and {str(rule.input)!r} keeps outlier channels of linear layers with a "
+            "weight of their own only; give it a rule without outliers"
+        )
+    return rule.input.outlier_count(layer.shape[1])
 
 
 def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:

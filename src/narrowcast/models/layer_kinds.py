@@ -14,6 +14,7 @@ from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.nn import (
     Activation,
     ConvShape,
+    OutlierLinear,
     QuantizedConv,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -63,6 +64,10 @@ def _linear_shape(module: nn.Linear) -> Shapes:
 def _build_linear(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedLinear:
     record = records["weight"]
     bias = None if module.bias is None else module.bias.float()
+    if activation.outliers is not None:
+        matrix = module.weight if isinstance(module, nn.Linear) else module.weight.t()
+        columns = matrix.index_select(1, activation.outliers)
+        return OutlierLinear(record.spec, record.shape, activation, record=record, columns=columns, bias=bias)
     return QuantizedLinear(record.spec, record.shape, activation, record=record, bias=bias)
 
 

@@ -7,12 +7,14 @@ from narrowcast.nn.conv import ConvShape, QuantizedConv
 from narrowcast.nn.embedding import QuantizedEmbedding
 from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
+from narrowcast.nn.outliers import OutlierLinear, outlier_bits
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
 
 MODULES: dict[str, type[InstalledModule]] = {
     module.kind: module
     for module in (
         QuantizedLinear,
+        OutlierLinear,
         QuantizedConv,
         QuantizedEmbedding,
         QuantizedRecurrent,
@@ -32,6 +34,7 @@ __all__ = [
     "FusedActivation",
     "InstalledModule",
     "MultiheadAttention",
+    "OutlierLinear",
     "QuantizedConv",
     "QuantizedEmbedding",
     "QuantizedLinear",
@@ -43,4 +46,5 @@ __all__ = [
     "activation_spec",
     "is_int8_per_channel",
     "linear_op",
+    "outlier_bits",
 ]

@@ -18,6 +18,7 @@ from narrowcast.methods import Seen
 from narrowcast.models import Layer, Observation, TorchModel
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
+from narrowcast.pipeline.outliers import choose_outliers, describe_outliers
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.transforms import channel_scales, with_headroom
 
@@ -164,8 +165,11 @@ def activations_of(
     """
     if row.input is None:
         return [(Activation(), "float")]
+    if row.input.outliers and calibration.ran(path):
+        outliers = choose_outliers(row.input, calibration.magnitudes[path])
+        return [(Activation(row.input.spec, outliers=outliers), f"{row.input}: {describe_outliers(outliers)}")]
     if not row.input.observer:
-        return [(Activation(row.input.spec), str(row.input))]
+        return [(Activation(row.input.spec), str(row.input.spec))]
     if not calibration.ran(path):
         return [(Activation(QuantSpec.parse("int8/token")), "int8/token")]
     if path in calibration.channel_ranges:

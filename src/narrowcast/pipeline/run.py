@@ -168,6 +168,12 @@ def _check_has_data(plan: Plan, data: Any) -> None:
             f"recipe {plan.recipe.name!r} fixes the input ranges of {len(static)} layers ({static[0]!r}, ...) from "
             "calibration data, and there is none; pass data=..., or use 'dynamic-int8', which needs none"
         )
+    outliers = [row.layer.name for row in plan.layers if row.input is not None and row.input.outliers]
+    if outliers and data is None:
+        raise DataError(
+            f"recipe {plan.recipe.name!r} keeps outlier channels of {len(outliers)} layers ({outliers[0]!r}, ...), "
+            "which calibration data names, and there is none; pass data=..., or leave out 'outliers:...'"
+        )
 
 
 def _find_folds(adapter: TorchModel, recipe: Recipe, probe: Any) -> FoldReport:

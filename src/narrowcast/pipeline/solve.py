@@ -17,6 +17,7 @@ from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
 from narrowcast.pipeline.calibrate import Calibration, activations_of, seen_by
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_module
+from narrowcast.pipeline.outliers import without_outliers
 from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
@@ -126,6 +127,7 @@ def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activa
     ratio = activation.ratio()
     if ratio is not None and activation.scale is not None:
         weight = fold_input_scales(weight, activation.scale, adapter.input_groups(row.layer.sites[0]))
+    weight, seen = without_outliers(weight, seen, activation.outliers)
     if seen is not None and seen.importance is not None:
         seen = replace(seen, importance=_damped(seen.importance, ratio))
     method = cast(WeightMethod, make_method(row.method))
@@ -186,6 +188,8 @@ def _outcome(row: LayerPlan, done: _Progress, calibration: Calibration) -> Layer
 
 def _fallen_back(row: LayerPlan, path: str, calibration: Calibration) -> str:
     """Why a layer is not what the recipe says; "" when it is."""
+    if row.input is not None and row.input.outliers and not calibration.ran(path):
+        return "it never ran in calibration, so its outlier channels are not known; all of them are quantized"
     if row.input is None or not row.input.observer:
         return ""
     if not calibration.ran(path):
