@@ -269,7 +269,8 @@ def _is_matrix(row: LayerPlan) -> bool:
 def _check_plan(plan: Plan, *, strict: bool, min_coverage: float) -> None:
     """Raise what can be known before any work is done: weights that cannot be quantized, and the coverage."""
     if strict:
-        _refuse([f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused])
+        short = [f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused]
+        _refuse(short + [f"{row.layer.name}: falls back: {row.fallback}" for row in plan.layers if row.fallback])
     coverage = _coverage(plan)
     if coverage < min_coverage:
         kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]
