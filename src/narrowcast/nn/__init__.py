@@ -5,6 +5,7 @@ from narrowcast.nn.attention import MultiheadAttention
 from narrowcast.nn.base import InstalledModule, QuantizedModule, StoredWeight
 from narrowcast.nn.conv import ConvShape, QuantizedConv
 from narrowcast.nn.embedding import QuantizedEmbedding
+from narrowcast.nn.experts import ExpertsShape, QuantizedExperts
 from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
 from narrowcast.nn.outliers import OutlierLinear, outlier_bits
@@ -18,6 +19,7 @@ MODULES: dict[str, type[InstalledModule]] = {
         QuantizedConv,
         QuantizedEmbedding,
         QuantizedRecurrent,
+        QuantizedExperts,
         MultiheadAttention,
         FoldedBatchNorm,
         FusedActivation,
@@ -30,6 +32,7 @@ __all__ = [
     "MODULES",
     "Activation",
     "ConvShape",
+    "ExpertsShape",
     "FoldedBatchNorm",
     "FusedActivation",
     "InstalledModule",
@@ -37,6 +40,7 @@ __all__ = [
     "OutlierLinear",
     "QuantizedConv",
     "QuantizedEmbedding",
+    "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizedRecurrent",

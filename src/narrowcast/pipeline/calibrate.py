@@ -127,11 +127,16 @@ def _consumers(adapter: TorchModel, row: LayerPlan) -> list[str]:
     return [site.path for site in row.layer.sites if adapter.takes_activation(site)]
 
 
+# Modules with several weights, some of which multiply what cannot be seen from outside.
+_PARTLY_SEEN = ("LSTM", "GRU", "Experts")
+
+
 def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tuple[Seen | None, str]:
     """What calibration knows of the columns of a weight, and how to say it in the report.
 
-    The weights of a recurrent layer that multiply hidden states, and a depthwise convolution's, have no importance:
-    the first cannot be seen from outside, the second multiply one channel each, so nothing distinguishes them.
+    The weights of a recurrent layer that multiply hidden states, those of experts that multiply inner values, and a
+    depthwise convolution's, have no importance: the first two cannot be seen from outside, the last multiply one
+    channel each, so nothing distinguishes them.
     """
     importances = []
     samples = 0
@@ -143,7 +148,7 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
         if adapter.input_groups(site) > 1:
             continue
         spread = mean_square.repeat_interleave(adapter.kernel_elements(site))
-        if spread.numel() != layer.shape[1] or (layer.type in ("LSTM", "GRU") and not _sees_input(site.parameter)):
+        if spread.numel() != layer.shape[1] or (layer.type in _PARTLY_SEEN and not _sees_input(site.parameter)):
             continue
         importances.append(spread)
         samples += 1
@@ -153,7 +158,7 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
 
 
 def _sees_input(parameter: str) -> bool:
-    return parameter.startswith("weight_ih_l0")
+    return parameter.startswith("weight_ih_l0") or parameter in ("gate_up_proj", "up_proj")
 
 
 def activations_of(
