@@ -92,7 +92,7 @@ class TorchModel(ModelAdapter):
         A linear layer without a bias is not given one: it would cost more bytes than the correction is worth.
         """
         module, kind = self._module(site.path)
-        if kind.name in ("LSTM", "GRU", "Embedding") or (kind.channel_dim == -1 and module.bias is None):
+        if kind.name in ("LSTM", "GRU", "Embedding", "Experts") or (kind.channel_dim == -1 and module.bias is None):
             return None
         return kind.channel_dim
 
@@ -198,6 +198,10 @@ class _Hook:
         self.seen.calls[self.path] = self.seen.calls.get(self.path, 0) + 1
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+        if self.kind.name == "Experts" and len(args) > 1:
+            experts = int(module.num_experts)  # type: ignore[arg-type]
+            counts = torch.bincount(args[1].reshape(-1).cpu(), minlength=experts)[:experts]
+            self.seen.experts[self.path] = self.seen.experts.get(self.path, 0) + counts
         kept = self.seen.samples.get(self.path)
         self.seen.samples[self.path] = _extend_sample(kept, args, kwargs, flatten=self.kind.flattens)
         for watcher in self.watchers:
@@ -210,7 +214,7 @@ class _Hook:
         y = output[0] if isinstance(output, tuple) else output
         y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
         if self.kind.takes_activation:
-            positions = y.numel() // max(y.shape[self.kind.channel_dim], 1)
+            positions = round(y.numel() // max(y.shape[self.kind.channel_dim], 1) * self.kind.share(module, args))
             self.seen.positions[self.path] = self.seen.positions.get(self.path, 0) + positions
 
 

@@ -18,6 +18,7 @@ from narrowcast.methods import Seen
 from narrowcast.models import Layer, Observation, TorchModel
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
+from narrowcast.pipeline.outliers import choose_outliers, describe_outliers
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.transforms import channel_scales, with_headroom
 
@@ -143,11 +144,16 @@ def _consumers(adapter: TorchModel, row: LayerPlan) -> list[str]:
     return [site.path for site in row.layer.sites if adapter.takes_activation(site)]
 
 
+# Modules with several weights, some of which multiply what cannot be seen from outside.
+PARTLY_SEEN = ("LSTM", "GRU", "Experts")
+
+
 def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tuple[Seen | None, str]:
     """What calibration knows of the columns of a weight, and how to say it in the report.
 
-    The weights of a recurrent layer that multiply hidden states, and a depthwise convolution's, have no importance:
-    the first cannot be seen from outside, the second multiply one channel each, so nothing distinguishes them.
+    The weights of a recurrent layer that multiply hidden states, those of experts that multiply inner values, and a
+    depthwise convolution's, have no importance: the first two cannot be seen from outside, the last multiply one
+    channel each, so nothing distinguishes them.
     """
     importances = []
     samples = 0
@@ -159,7 +165,7 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
         if adapter.input_groups(site) > 1:
             continue
         spread = mean_square.repeat_interleave(adapter.kernel_elements(site))
-        if spread.numel() != layer.shape[1] or (layer.type in ("LSTM", "GRU") and not sees_input(site.parameter)):
+        if spread.numel() != layer.shape[1] or (layer.type in PARTLY_SEEN and not sees_input(site.parameter)):
             continue
         importances.append(spread)
         samples += 1
@@ -169,8 +175,8 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
 
 
 def sees_input(parameter: str) -> bool:
-    """Whether a matrix of a recurrent layer multiplies the input of the whole layer."""
-    return parameter.startswith("weight_ih_l0")
+    """Whether a matrix of a layer with several multiplies the input of the whole layer."""
+    return parameter.startswith("weight_ih_l0") or parameter in ("gate_up_proj", "up_proj")
 
 
 def activations_of(
@@ -182,8 +188,11 @@ def activations_of(
     """
     if row.input is None:
         return [(Activation(), "float")]
+    if row.input.outliers and calibration.ran(path):
+        outliers = choose_outliers(row.input, calibration.magnitudes[path])
+        return [(Activation(row.input.spec, outliers=outliers), f"{row.input}: {describe_outliers(outliers)}")]
     if not row.input.observer:
-        return [(Activation(row.input.spec), str(row.input))]
+        return [(Activation(row.input.spec), str(row.input.spec))]
     if not calibration.ran(path):
         return [(Activation(QuantSpec.parse("int8/token")), "int8/token")]
     if path in calibration.channel_ranges:

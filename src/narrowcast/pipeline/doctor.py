@@ -176,10 +176,18 @@ def unseen(adapter: TorchModel, plan: Plan, calibration: Calibration) -> list[Fi
     dead = {}
     for row in rows:
         path = row.layer.sites[0].path
-        sees_input = row.layer.sites[0].parameter in ("weight", "weight_ih_l0")  # not the hidden state
+        sees_input = row.layer.sites[0].parameter in (
+            "weight",
+            "weight_ih_l0",
+            "gate_up_proj",
+            "up_proj",
+        )  # not the hidden state
         if sees_input and calls.get(path) and path in calibration.magnitudes:
             dead[path] = _dead_channels(adapter, row, calibration.magnitudes[path].result() == 0)
-    return sort_findings(judge_reach({s.path: calls.get(s.path, 0) for row in rows for s in row.layer.sites}, dead))
+    reached = {s.path: calls.get(s.path, 0) for row in rows for s in row.layer.sites}
+    for path, counts in calibration.observation.experts.items():
+        reached |= {f"{path}.{index}": int(count) for index, count in enumerate(counts)}
+    return sort_findings(judge_reach(reached, dead))
 
 
 def _dead_channels(adapter: TorchModel, row: LayerPlan, silent: Tensor) -> Dead:

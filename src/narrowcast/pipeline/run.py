@@ -219,6 +219,12 @@ def _check_has_data(plan: Plan, data: Any) -> None:
             f"recipe {plan.recipe.name!r} is sequential = true, which sends calibration data through the blocks, and "
             "there is none; pass data=..., or leave sequential at 'auto'"
         )
+    outliers = [row.layer.name for row in plan.layers if row.input is not None and row.input.outliers]
+    if outliers and data is None:
+        raise DataError(
+            f"recipe {plan.recipe.name!r} keeps outlier channels of {len(outliers)} layers ({outliers[0]!r}, ...), "
+            "which calibration data names, and there is none; pass data=..., or leave out 'outliers:...'"
+        )
 
 
 def _find_folds(adapter: TorchModel, recipe: Recipe, probe: Any) -> FoldReport:
@@ -314,7 +320,8 @@ def _is_matrix(row: LayerPlan) -> bool:
 def _check_plan(plan: Plan, *, strict: bool, min_coverage: float) -> None:
     """Raise what can be known before any work is done: weights that cannot be quantized, and the coverage."""
     if strict:
-        _refuse([f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused])
+        short = [f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused]
+        _refuse(short + [f"{row.layer.name}: falls back: {row.fallback}" for row in plan.layers if row.fallback])
     coverage = _coverage(plan)
     if coverage < min_coverage:
         kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]

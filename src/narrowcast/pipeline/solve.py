@@ -194,6 +194,10 @@ def _other_method(row: LayerPlan, solved: SolvedWeight) -> str:
 
 def _fallen_back(row: LayerPlan, path: str, calibration: Calibration) -> str:
     """Why a layer is not what the recipe says; "" when it is."""
+    if row.fallback:
+        return row.fallback
+    if row.input is not None and row.input.outliers and not calibration.ran(path):
+        return "it never ran in calibration, so its outlier channels are not known; all of them are quantized"
     if row.input is None or not row.input.observer:
         return ""
     if not calibration.ran(path):

@@ -15,7 +15,8 @@ from narrowcast.errors import DataError, FormatError, ModelError
 from narrowcast.methods import Rtn, Seen, Solved, WeightMethod, make_method, weight_sqnr_db
 from narrowcast.models import Layer, TorchModel
 from narrowcast.nn import Activation
-from narrowcast.pipeline.calibrate import Calibration, Evidence, seen_by, sees_input
+from narrowcast.pipeline.calibrate import PARTLY_SEEN, Calibration, Evidence, seen_by, sees_input
+from narrowcast.pipeline.outliers import without_outliers
 from narrowcast.planning import LayerPlan
 from narrowcast.report import StepError
 from narrowcast.transforms import fold_input_scales
@@ -78,6 +79,13 @@ def task_of(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activ
     Raises:
         ModelError: the weight is not finite.
     """
+    task = _whole_task(adapter, row, calibration, activation)
+    weight, seen = without_outliers(task.weight, task.seen, activation.outliers)
+    return replace(task, weight=weight, seen=seen)
+
+
+def _whole_task(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
+    """The same with all channels of the input."""
     assert row.weight is not None
     weight = adapter.weight(row.layer)
     check_finite(row.layer, weight)
@@ -129,7 +137,7 @@ def why_unseen(adapter: TorchModel, layer: Layer, calibration: Calibration) -> s
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
         return "an embedding's rows are looked up, no inputs multiply them"
-    if layer.type in ("LSTM", "GRU") and not all(sees_input(site.parameter) for site in consumers):
+    if layer.type in PARTLY_SEEN and not all(sees_input(site.parameter) for site in consumers):
         return "the hidden states that multiply it cannot be seen from outside"
     if not any(calibration.ran(site.path) for site in consumers):
         return "it never ran in calibration"
@@ -143,8 +151,10 @@ def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration
         return ""
     if reason := why_unseen(adapter, row.layer, calibration):
         return reason
-    if "block" in needs and row.layer.type in ("LSTM", "GRU"):
-        return "a recurrent layer's steps are not solved as part of a block"
+    if "block" in needs and row.layer.type in PARTLY_SEEN:
+        return "the steps of a recurrent layer, or experts, are not solved as part of a block"
+    if "block" in needs and row.input is not None and row.input.outliers:
+        return "a layer with outlier channels is not solved as part of a block"
     grouped = any(adapter.input_groups(site) > 1 for site in row.layer.sites)
     if not grouped or "block" in needs:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from narrowcast.observers import make_observer
 from narrowcast.transforms import make_transform
 
 DEFAULT_OBSERVER = "minmax"
+_FEWEST_OUTLIERS, _MOST_OUTLIERS = 0.001, 25.0
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
 _RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "transforms")
 
@@ -28,22 +30,27 @@ class InputRule:
     Args:
         spec: "int8/token" (found at run time), "uint8/tensor" (static), "bf16" or "fp16" (a cast).
         observer: what fixes a static range, e.g. "percentile(99.99)"; "" where the range is not static.
+        outliers: percentage of a linear layer's input channels, the largest in calibration, that stay float.
     """
 
     spec: QuantSpec
     observer: str = ""
+    outliers: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> InputRule:
-        """The input rule written as `text`: "int8/token" or "uint8/tensor static:percentile(99.99)".
+        """The input rule written as `text`: "int8/token", "uint8/tensor static:percentile(99.99)" or
+        "int8/token outliers:top(0.5%)".
 
         Raises:
             FormatError: no kernel takes such inputs, or the text has parts that mean nothing.
             RecipeError: the observer is not known.
         """
-        match = re.fullmatch(r"\s*(\S+?)(?:\s+static(?::(\S+))?)?\s*", text)
+        match = re.fullmatch(r"\s*(\S+?)(?:\s+static(?::(\S+))?)?(?:\s+outliers:top\(([\d.]+)%\))?\s*", text)
         if match is None:
-            raise FormatError(f"input {text!r}: expected '<format>' or '<format> static:<observer>'")
+            raise FormatError(
+                f"input {text!r}: expected '<format>', '<format> static:<observer>' or '<format> outliers:top(0.5%)'"
+            )
         spec = activation_spec(match[1])
         is_static = spec.format.scaled and not isinstance(spec.granularity, PerToken)
         if "static" in text.split(maxsplit=1)[-1] and not is_static:
@@ -53,10 +60,15 @@ class InputRule:
             make_observer(observer)
         if isinstance(spec.granularity, PerChannel) and observer != "minmax":
             raise FormatError(f"input {text!r}: ranges per channel are observed by minmax; write 'static:minmax'")
-        return cls(spec, observer)
+        return cls(spec, observer, _outliers(text, match[3], spec))
 
     def __str__(self) -> str:
-        return f"{self.spec} static:{self.observer}" if self.observer else str(self.spec)
+        static = f" static:{self.observer}" if self.observer else ""
+        return f"{self.spec}{static}" + (f" outliers:top({self.outliers:g}%)" if self.outliers else "")
+
+    def outlier_count(self, channels: int) -> int:
+        """Input channels of a layer that stay float: at least one where any percentage is asked for."""
+        return min(channels, math.ceil(channels * self.outliers / 100 - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,25 @@ def _patterns(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     if not isinstance(layers, list | tuple) or not layers:
         raise RecipeError(f"{where}: layers is a pattern or a list of patterns, got {layers!r}; '*' is every layer")
     return tuple(layers)
+
+
+def _outliers(text: str, percentage: str | None, spec: QuantSpec) -> float:
+    if percentage is None:
+        return 0.0
+    try:
+        value = float(percentage)
+    except ValueError:
+        value = math.nan
+    if not _FEWEST_OUTLIERS <= value <= _MOST_OUTLIERS:
+        raise FormatError(
+            f"input {text!r}: outliers:top({percentage}%) is not a percentage between {_FEWEST_OUTLIERS:g} and "
+            f"{_MOST_OUTLIERS:g}; use for example outliers:top(0.5%)"
+        )
+    if not spec.format.scaled or not isinstance(spec.granularity, PerToken):
+        raise FormatError(
+            f"input {text!r}: outlier channels go with ranges found at run time; use 'int8/token' or 'uint8/token'"
+        )
+    return value
 
 
 def _weight_spec(text: Any, where: str) -> QuantSpec:
