@@ -115,7 +115,7 @@ class TokenCounts:
     def evenness(self) -> tuple[float, float] | None:
         """How much more often two tokens are equal than if ids were drawn at random, and that figure's deviation.
 
-        1 for ids drawn evenly from the whole vocabulary; 1.7 for the letters of English, hundreds for its words.
+        1 for ids drawn evenly from the whole vocabulary; 6 for text in 512 pieces, 508 for text in 30,522.
         """
         if self.counts is None or self.tokens < 2:
             return None
