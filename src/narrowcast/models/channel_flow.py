@@ -144,7 +144,7 @@ class ChannelFlow(TorchFunctionMode):
             return func(*args, **kwargs)
         used = [t for t in tensors_in((args, kwargs)) if map_of(t) is not None]
         if not used:
-            return self._plain(func, args, kwargs)
+            return func(*args, **kwargs)
         maps = [map_of(t) for t in used]
         output = func(*args, **kwargs)
         results = list(tensors_in(output))
@@ -160,9 +160,6 @@ class ChannelFlow(TorchFunctionMode):
         if name == "__setitem__":
             set_map(args[0], None)
         return output
-
-    def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*args, **kwargs)
 
     def _where(self) -> str:
         return f" in {self.places[-1]!r}" if self.places and self.places[-1] else ""

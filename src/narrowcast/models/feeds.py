@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -71,8 +70,3 @@ class Feeds:
     def usable(self) -> list[Feed]:
         """The feeds with at least one free channel that is read."""
         return [feed for feed in self.feeds.values() if feed.readers and bool(feed.free.any())]
-
-
-def identity_columns(width: int) -> Tensor:
-    """The columns of a reader that reads channel i at input i."""
-    return torch.arange(width)

@@ -22,7 +22,7 @@ class _Read:
 
     Args:
         numbers: [in] channel number of each input channel, OTHER where it is none; None before its first call.
-        maps: the maps that it got, to stop them where calls differ.
+        torn: whether its calls differ in what they read.
     """
 
     numbers: Tensor | None = None
