@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from narrowcast.core import sqnr_db
-from narrowcast.errors import ContractError, DataError, ModelError
+from narrowcast.errors import ContractError, DataError, ModelError, RecipeError
 from narrowcast.export.checkpoint_tensors import source_hash
 from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
@@ -101,31 +101,45 @@ def quantize(
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds)
     _check_has_data(plan, data)
+    _check_resume(plan, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     calibration, recording = Calibration(), Recording()
     if data is not None:
-        with progress_steps("calibrating", 1, enabled=progress) as step:
-            with recorded(adapter.model, data if wants_blocks(plan) else None) as recording:
-                calibration = calibrate(adapter, plan, batches)
-            step("")
+        calibration, recording = _calibrate(adapter, plan, batches, progress=progress)
         notes += calibration.observation.notes
-    journal = None
-    if resume is not None and wants_blocks(plan):
-        journal = Journal(resume, fingerprint(loaded, source, recording.calls, calibration))
+    journal = _journal(resume, plan, source, calibration, recording)
     outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
-    notes += more
     verdict = _judge_model(adapter, probe, inplace=inplace)
-    totals = _totals(plan, outcomes, verdict, probe)
     totals = replace(
-        totals, parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
+        _totals(plan, outcomes, verdict, probe), parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes)
+    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes + more)
     if strict:
         _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)
+
+
+def _calibrate(adapter: TorchModel, plan: Plan, data: Any, *, progress: bool) -> tuple[Calibration, Recording]:
+    """What one pass over the data shows, and the calls of the model in it where blocks will want them."""
+    with progress_steps("calibrating", 1, enabled=progress) as step:
+        if wants_blocks(plan):
+            with recorded(adapter.model, data) as recording:
+                calibration = calibrate(adapter, plan, data)
+        else:
+            recording, calibration = Recording(), calibrate(adapter, plan, data)
+        step("")
+    return calibration, recording
+
+
+def _journal(
+    resume: str | Path | None, plan: Plan, source: str, calibration: Calibration, recording: Recording
+) -> Journal | None:
+    if resume is None:
+        return None
+    return Journal(resume, fingerprint(plan.recipe, source, recording.calls, calibration))
 
 
 @dataclass(frozen=True)
@@ -191,6 +205,14 @@ def _check_has_data(plan: Plan, data: Any) -> None:
         raise DataError(
             f"recipe {plan.recipe.name!r} is sequential = true, which sends calibration data through the blocks, and "
             "there is none; pass data=..., or leave sequential at 'auto'"
+        )
+
+
+def _check_resume(plan: Plan, resume: str | Path | None) -> None:
+    if resume is not None and not wants_blocks(plan):
+        raise RecipeError(
+            f"recipe {plan.recipe.name!r} solves all layers from one pass over the data, so there are no finished "
+            "blocks to resume from; leave resume out, or set sequential = true"
         )
 
 
