@@ -113,8 +113,8 @@ def quantize(
     outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
     verdict = _judge_model(adapter, probe, inplace=inplace)
     totals = replace(
-        _totals(plan, outcomes, verdict, probe), parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
-        seconds=time.perf_counter() - started,
+        _totals(plan, outcomes, verdict, probe), parameters=before[0], bytes_before=before[1],
+        bytes_after=stored_bytes(adapter.model), seconds=time.perf_counter() - started,
     )  # fmt: skip
     report = Report(loaded.name, type(model).__name__, outcomes, totals, notes + more)
     if strict:
