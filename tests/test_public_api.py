@@ -32,7 +32,8 @@ def test_signatures_are_those_of_the_design() -> None:
         ]
 
     assert names(nc.plan) == ["model", "recipe"]
-    assert names(nc.quantize) == ["model", "recipe", "data", "*strict", "*min_coverage", "*inplace", "*progress"]
+    quantize = ["model", "recipe", "data", "*strict", "*min_coverage", "*inplace", "*progress", "*resume"]
+    assert names(nc.quantize) == quantize
     assert names(nc.compare)[:4] == ["reference", "candidate", "data", "metric"]
     assert names(nc.save) == ["quantized", "directory"]
     assert names(nc.load)[:2] == ["directory", "into"]

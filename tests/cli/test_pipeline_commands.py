@@ -54,6 +54,32 @@ def test_quantize_then_inspect_compare_and_bench(cli, project, images):
     assert shown.code == 0 and "samples/s" in shown.out
 
 
+def test_quantize_writes_finished_blocks_and_errors_per_layer(cli, project, images, here):
+    (here / "blocks.toml").write_text('sequential = true\n[[rule]]\nweight = "int8/channel"\n')
+    arguments = (
+        "quantize",
+        f"{project}:build",
+        "-r",
+        "blocks.toml",
+        "-d",
+        images,
+        "--work",
+        "work",
+        "--report",
+        "r.json",
+    )
+    assert cli(*arguments, "-o", "out").code == 0
+    written = sorted(path.name for path in (here / "work").iterdir())
+    assert written == ["block-0000.safetensors", "block-0001.safetensors"]
+    rows = [row for row in json.loads((here / "r.json").read_text())["layers"] if row["spec"]]
+    assert all([error["step"] for error in row["errors"]] == ["rtn absmax", "rtn"] for row in rows)
+    assert cli(*arguments, "-o", "again").code == 0
+    same = [(here / place / "model.safetensors").read_bytes() for place in ("out", "again")]
+    assert same[0] == same[1]
+    refused = cli("quantize", f"{project}:build", "-r", "weight-int8", "-d", images, "--work", "work", "-o", "third")
+    assert refused.code == 2 and "sequential" in refused.err
+
+
 def test_quiet_quantize_prints_nothing(cli, project):
     answer = cli("quantize", f"{project}:build", "-r", "weight-int8", "-o", "out", "--quiet")
     assert (answer.code, answer.out, answer.err) == (0, "", "")

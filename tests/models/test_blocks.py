@@ -77,10 +77,10 @@ def test_members_of_a_list_are_blocks_and_what_stands_around_them_are_blocks_of_
     assert result.loose == () and result.notes == ()
 
 
-def test_the_stages_of_a_network_are_taken_apart_into_their_blocks() -> None:
+def test_stages_are_taken_apart_into_their_blocks_and_single_convolutions_in_a_row_are_one() -> None:
     result = found(Stages(), torch.randn(2, 4, 12, 12))
     assert [block.path for block in result.blocks] == [
-        "stages.0.0", "stages.0.1", "stages.1", "stages.2.0.0", "stages.2.1.0", "head",
+        "stages.0.0", "stages.0.1", "stages.1", "stages.2", "head",
     ]  # fmt: skip
     assert result.blocks[0].layers == ("stages.0.0.0", "stages.0.0.2")
 

@@ -131,8 +131,8 @@ def _candidates(path: str, module: nn.Module, wanted: tuple[str, ...], *, inside
         if inside:
             return [path]
         return [found for name, child in children for found in _candidates(name, child, wanted, inside=False)]
-    only_layers = all(name in wanted for name, _ in children)
-    if inside and only_layers and type(module) is nn.Sequential and len(children) > 1:
+    single = all(len(_inside(name, wanted)) == 1 for name, _ in children)
+    if inside and single and type(module) is nn.Sequential and len(children) > 1:
         return [path]  # the depthwise and the pointwise convolution of one MobileNet block
     repeats = inside or len(children) > 1
     return [found for name, child in children for found in _candidates(name, child, wanted, inside=repeats)]

@@ -24,9 +24,7 @@ from narrowcast.methods import Seen
 from narrowcast.models import TorchModel
 from narrowcast.nn import Activation
 from narrowcast.pipeline.judge import first_tensor
-from narrowcast.pipeline.streams import fresh
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from narrowcast.pipeline.streams import Inputs, fresh
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,9 @@ class ModuleBlock:
         self.seen: Mapping[str, Seen] = dict(seen)
         self.specs: Mapping[str, QuantSpec] = {name: uses[name].spec for name in weights}
         self._adapter, self._module, self._uses, self._fixed = adapter, module, uses, dict(fixed)
-        self._frozen = {name: value.detach() for name, value in module.named_parameters(remove_duplicate=False)}
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self._frozen = {name: value.detach() for name, value in named.items()}
+        self._tied = {name: [n for n, other in named.items() if other is value] for name, value in named.items()}
         self._batches = self._batched(inputs, targets)
         self.samples = sum(batch.samples for batch in self._batches)
 
@@ -128,9 +128,10 @@ class ModuleBlock:
             owner = self._module.get_submodule(use.path) if use.path else self._module
             plain = matrix if use.ratio is None else matrix / use.ratio
             full = f"{use.path}.{use.parameter}" if use.path else use.parameter
-            tensors[full] = self._adapter.as_parameter(owner, use.parameter, plain).to(self._frozen[full].dtype)
+            shaped = self._adapter.as_parameter(owner, use.parameter, plain).to(self._frozen[full].dtype)
+            tensors |= dict.fromkeys(self._tied[full], shaped)
         with self._rounded_inputs():
-            output = first_tensor(functional_call(self._module, tensors, inputs[0], inputs[1]))
+            output = first_tensor(functional_call(self._module, tensors, inputs[0], inputs[1], tie_weights=False))
         if output is None:
             raise DataError("the block gives no tensor; solve its layers by a method that works layer by layer")
         return output

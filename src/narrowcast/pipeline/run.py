@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from narrowcast.core import sqnr_db
-from narrowcast.errors import ContractError, DataError, ModelError
+from narrowcast.errors import ContractError, DataError, ModelError, RecipeError
 from narrowcast.export.checkpoint_tensors import source_hash
 from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
@@ -104,6 +104,7 @@ def quantize(
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds)
     _check_has_data(plan, data)
+    _check_resume(plan, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
     doctor = None if probe is None else Doctor.of(adapter, plan, probe)
@@ -112,24 +113,43 @@ def quantize(
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     transformed = transform(adapter, plan, batches, probe)
     notes += transformed.notes
-    with recorded(adapter.model, data) if wants_blocks(plan) else nullcontext(Recording()) as recording:
-        calibration, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
+    calibration, recording, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
     notes += calibration.observation.notes
-    journal = None
-    if resume is not None and wants_blocks(plan):
-        journal = Journal(resume, fingerprint(loaded, source, recording.calls, calibration))
+    journal = _journal(resume, plan, source, calibration, recording)
     outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
-    notes += more
     verdict = _judge_model(adapter, probe, inplace=inplace)
-    totals = _totals(plan, outcomes, verdict, probe)
     totals = replace(
-        totals, parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
-        seconds=time.perf_counter() - started,
+        _totals(plan, outcomes, verdict, probe), parameters=before[0], bytes_before=before[1],
+        bytes_after=stored_bytes(adapter.model), seconds=time.perf_counter() - started,
     )  # fmt: skip
-    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes, transformed.changes, findings)
+    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes + more, transformed.changes, findings)
     if strict:
         _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)
+
+
+def _calibrate(
+    adapter: TorchModel, plan: Plan, batches: Any, doctor: Doctor | None, *, strict: bool, progress: bool
+) -> tuple[Calibration, Recording, list[Finding]]:
+    """What one pass over the data shows, the calls of the model in it where blocks will want them, and findings."""
+    if doctor is None:
+        return Calibration(), Recording(), []
+    with progress_steps("calibrating", 1, enabled=progress) as step:
+        with recorded(adapter.model, batches) if wants_blocks(plan) else nullcontext(Recording()) as recording:
+            calibration = calibrate(adapter, plan, batches)
+        step("")
+    findings = sort_findings(doctor.findings() + unseen(adapter, plan, calibration))
+    if strict:
+        refuse_severe(findings)
+    return calibration, recording, findings
+
+
+def _journal(
+    resume: str | Path | None, plan: Plan, source: str, calibration: Calibration, recording: Recording
+) -> Journal | None:
+    if resume is None:
+        return None
+    return Journal(resume, fingerprint(plan.recipe, source, recording.calls, calibration))
 
 
 @dataclass(frozen=True)
@@ -145,21 +165,6 @@ class _Solver:
         if not wants_blocks(job.plan) or not self.recording.calls:
             return solve(job, progress=self.progress), []
         return solve_in_blocks(job, self.recording, journal=self.journal, progress=self.progress)
-
-
-def _calibrate(
-    adapter: TorchModel, plan: Plan, batches: Any, doctor: Doctor | None, *, strict: bool, progress: bool
-) -> tuple[Calibration, list[Finding]]:
-    """One pass over the data, and what the doctor says of it; nothing without data."""
-    if doctor is None:
-        return Calibration(), []
-    with progress_steps("calibrating", 1, enabled=progress) as step:
-        calibration = calibrate(adapter, plan, batches)
-        step("")
-    findings = sort_findings(doctor.findings() + unseen(adapter, plan, calibration))
-    if strict:
-        refuse_severe(findings)
-    return calibration, findings
 
 
 def _solve_and_fuse(
@@ -224,6 +229,14 @@ def _check_has_data(plan: Plan, data: Any) -> None:
         raise DataError(
             f"recipe {plan.recipe.name!r} keeps outlier channels of {len(outliers)} layers ({outliers[0]!r}, ...), "
             "which calibration data names, and there is none; pass data=..., or leave out 'outliers:...'"
+        )
+
+
+def _check_resume(plan: Plan, resume: str | Path | None) -> None:
+    if resume is not None and not wants_blocks(plan):
+        raise RecipeError(
+            f"recipe {plan.recipe.name!r} solves all layers from one pass over the data, so there are no finished "
+            "blocks to resume from; leave resume out, or set sequential = true"
         )
 
 

@@ -25,7 +25,7 @@ from narrowcast.pipeline.calibrate import Calibration, Evidence, thinned
 from narrowcast.pipeline.resume import Journal
 from narrowcast.pipeline.solve import Job, Treatment, choose_treatment, install_, speaker
 from narrowcast.pipeline.solve_weight import Task, column_ratio, described, needs_of, task_of, why_not_method
-from narrowcast.pipeline.streams import Call, Recording, Stream, keep, without_cache
+from narrowcast.pipeline.streams import Call, Recording, Stream, keep, reached_by, without_cache
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
@@ -63,11 +63,16 @@ def solve_in_blocks(
     calls, notes = keep(recording, found)
     blocks = [*found.blocks, *([ModelBlock("", found.loose)] if found.loose else [])]
     twin = job.adapter.twin()
-    work = _Work(job, blocks, Stream(lambda: job.adapter.model, blocks, calls), Stream(lambda: twin, blocks, calls))
+    with without_cache(twin):
+        reached = reached_by(twin, blocks, calls)
+    streams = [Stream(model, blocks, calls, reached) for model in (lambda: job.adapter.model, lambda: twin)]
+    work = _Work(job, blocks, *streams)
     notes = [*found.notes, *notes, *work.tied_notes()]
     with progress_steps("quantizing", len(units), enabled=progress) as step, without_cache(job.adapter.model, twin):
         for index, block in enumerate(blocks):
             mine = {path: units[path] for path in work.paths_of(index)}
+            if not mine:
+                continue  # its weight is tied to that of a later block
             if journal is None or not journal.restore_(job, index, mine):
                 work.solve_(index)
                 if journal is not None:
@@ -134,11 +139,15 @@ class _Work:
 
     def _wanted(self, path: str) -> frozenset[str]:
         """What is to be observed at a module: needs of its solvers, "range" for a static range."""
+        job, calibration = self.job, self.job.calibration
+        rows = [row for row in self.units[path] if row.layer.name not in job.solved]
+        site = next((site for row in rows for site in row.layer.sites if site.path == path), None)
+        if site is None or not job.adapter.takes_activation(site):
+            return frozenset()  # tied to what is solved already, or looked up
         needs: set[str] = set()
-        for row in self.units[path]:
-            if not why_not_method(self.job.adapter, row, self.job.calibration):
+        for row in rows:
+            if not why_not_method(job.adapter, row, calibration):
                 needs |= needs_of(row)
-        calibration = self.job.calibration
         if self.sequential and (path in calibration.ranges or path in calibration.channel_ranges):
             needs.add("range")
         return frozenset(needs)

@@ -106,7 +106,7 @@ def install_(job: Job, path: str, rows: list[LayerPlan], treatment: Treatment | 
         rows: its planned weights.
         treatment: the only one to take; None tries.
     """
-    if treatment is None and any(needs_of(row) for row in rows):
+    if treatment is None and any(needs_of(row) for row in rows if row.layer.name not in job.solved):
         treatment = choose_treatment(job, path, rows)  # slow solvers run once
     tried = [treatment] if treatment is not None else treatments_of(job, path, rows)
     expected = _expected(job, path)

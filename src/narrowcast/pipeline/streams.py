@@ -115,6 +115,31 @@ def keep(recording: Recording, blocks: Blocks) -> tuple[list[Call], list[str]]:
     return kept, [f"blocks were solved on the first {rows} rows of the data ({why})"]
 
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a block."""
+
+
+def reached_by(model: nn.Module, blocks: Sequence[ModelBlock], calls: Sequence[Call]) -> list[frozenset[int]]:
+    """Which blocks every call reaches, found by running it: data may take different ways through a model."""
+    entered: set[int] = set()
+    handles = [
+        get_module(model, block.path).register_forward_pre_hook(lambda m, a, index=index: entered.add(index))
+        for index, block in enumerate(blocks)
+    ]
+    reached = []
+    try:
+        for call in calls:
+            entered.clear()
+            with torch.no_grad():
+                call.run(model)
+            whole = {index for index, block in enumerate(blocks) if block.path == ""}
+            reached.append(frozenset(entered | whole))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
+
+
 class _ReachedError(BaseException):
     """The model has been run far enough; no `except Exception` of the model's own code catches it."""
 
@@ -126,36 +151,37 @@ class Stream:
         model: gives the model, in which modules may be exchanged between calls.
         blocks: in the order in which they run.
         calls: of the model.
+        reached: for every call, which blocks it reaches; see `reached_by`.
     """
 
-    def __init__(self, model: Callable[[], nn.Module], blocks: Sequence[ModelBlock], calls: Sequence[Call]) -> None:
-        self.model, self.blocks, self.calls = model, blocks, calls
+    def __init__(
+        self, model: Callable[[], nn.Module], blocks: Sequence[ModelBlock], calls: Sequence[Call],
+        reached: Sequence[frozenset[int]],
+    ) -> None:  # fmt: skip
+        self.model, self.blocks, self.calls, self.reached = model, blocks, calls, reached
         self.at = -1
-        self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = []
+        self.inputs: list[Inputs | None] = []
         self._outputs: list[Any] | None = None
 
     def enter(self, index: int) -> None:
         """Stand before a block; None are the inputs of a call that does not reach it."""
         if self.at == index:
             return
-        link = self.blocks[index].link
-        if link is not None and self.at == index - 1 and all(entry is not None for entry in self.inputs):
-            followed: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = []
-            for number, entry in enumerate(self.inputs):
-                assert entry is not None
-                output = self._outputs[number] if self._outputs is not None else self.run(number)
-                followed.append(link.follow(entry, output))
-                self.inputs[number] = None  # no two blocks' inputs of one call at a time
-            self.inputs = followed
-        else:
-            self.inputs = []
-            path = self.blocks[index].path
-            self.inputs = [_run_up_to(self.model(), path, call) for call in self.calls]
-        self.at, self._outputs = index, None
+        before = self.inputs if 0 <= self.at == index - 1 else [None] * len(self.calls)
+        following: list[Inputs | None] = []
+        for number, entry in enumerate(before):
+            following.append(self._next(index, number, entry))
+            before[number] = None  # no two blocks' inputs of one call at a time
+        self.at, self.inputs, self._outputs = index, following, None
 
-    def leave(self) -> None:
-        """Forget the inputs: the next block is reached by running the model up to it."""
-        self.at, self.inputs, self._outputs = -1, [], None
+    def _next(self, index: int, number: int, entry: Inputs | None) -> Inputs | None:
+        if index not in self.reached[number]:
+            return None
+        link = self.blocks[index].link
+        if link is None or entry is None:
+            return _run_up_to(self.model(), self.blocks[index].path, self.calls[number])
+        output = self._outputs[number] if self._outputs is not None else self.run(number)
+        return link.follow(entry, output)
 
     def run(self, number: int) -> Any:
         """What the block gives for one call; None where the call does not reach it."""
@@ -199,11 +225,11 @@ def _stopping(model: nn.Module, paths: Sequence[str], run: Callable[[], Any]) ->
             handle.remove()
 
 
-def _run_up_to(model: nn.Module, path: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _run_up_to(model: nn.Module, path: str, call: Call) -> Inputs | None:
     """The inputs of the module at a path; None where the call does not get there."""
     if path == "":
         return call.args, call.kwargs
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    found: list[Inputs] = []
 
     def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args, kwargs))
