@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.core import QuantizedTensor, QuantSpec, all_finite, from_blocks, to_blocks
-from narrowcast.errors import DataError, RecipeError
+from narrowcast.errors import DataError
 from narrowcast.methods.base import Need, Seen, Solved, check_weight
 from narrowcast.methods.options import check_numbers
 from narrowcast.methods.rounding import encoded, neighbours, one_thread
@@ -151,6 +151,6 @@ def _decoded(steps: Tensor, nearest: QuantizedTensor) -> Tensor:
 
 
 def _row_errors(record: QuantizedTensor, weight: Tensor, hessian: Tensor) -> Tensor:
-    """d H d^T of every row [out], float64."""
+    """The squared error of every output, d H d^T, [out] float64."""
     error = record.dequantize().to(torch.float64) - weight
     return (error @ hessian.to(torch.float64) * error).sum(1)

@@ -50,7 +50,7 @@ class AutoRound:
 
     Args:
         iterations: steps of Adam; their size falls to zero along a cosine.
-        batch: samples in a step.
+        batch: samples in a step; 0 takes an eighth of them, 4 to 32.
         held_out: part of the samples that is not trained on and decides which iterate is kept; of fewer than 8
             samples all are trained on and decide.
         offset_travel: how far, in code steps, offsets could move in all; sets the size of their steps.
@@ -60,14 +60,14 @@ class AutoRound:
 
     needs: ClassVar[frozenset[Need]] = frozenset({"block"})
     iterations: int = 200
-    batch: int = 8
+    batch: int = 0
     held_out: float = 0.125
     offset_travel: float = 2.0
     range_travel: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {"iterations": (0, math.inf), "batch": (1, math.inf), "held_out": (0.0, 0.5), "seed": (0, 2.0**63 - 1)}
+        bounds = {"iterations": (0, math.inf), "batch": (0, math.inf), "held_out": (0.0, 0.5), "seed": (0, 2.0**63 - 1)}
         travels = {"offset_travel": (0.0, math.inf), "range_travel": (0.0, math.inf)}
         check_numbers("autoround", self, bounds | travels)
 
@@ -128,7 +128,8 @@ class AutoRound:
     def _batches(self, drawn: list[int]) -> Iterator[list[int]]:
         """Endless batches; every sample is drawn once before one is drawn again."""
         generator = torch.Generator().manual_seed(self.seed)
-        size, waiting = min(self.batch, len(drawn)), list[int]()
+        size = min(self.batch or max(4, min(32, len(drawn) // 8)), len(drawn))
+        waiting = list[int]()
         while True:
             if len(waiting) < size:
                 waiting += [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
@@ -156,7 +157,7 @@ class _Best:
 
     def offer_(self, changed: Mapping[str, QuantizedTensor], step: int) -> None:
         """Keep these records if they are better."""
-        records = self.records | changed
+        records = {**self.records, **changed}
         error = self._measure(records)
         if error < self.error:
             self.records, self.error, self.step = records, error, step

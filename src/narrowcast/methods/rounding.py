@@ -41,6 +41,8 @@ from narrowcast.core.formats import NumberFormat
 # A scale that training shrinks further would lose the block; the full range is at most code_high times the scale.
 _SMALLEST_RATIO = 0.05
 _LARGEST_RATIO = 4.0
+# Half of the largest float16: no scale grows beyond it, so none outgrows its format.
+_LARGE_SCALE = 2.0**15
 
 
 class LearnedWeight:
@@ -61,6 +63,7 @@ class LearnedWeight:
         self.shape = (weight.shape[0], weight.shape[1])
         self.blocks = to_blocks(weight, self.spec.granularity)
         self.start_scale = start.scale
+        self.largest_scale = torch.minimum(start.scale * _LARGEST_RATIO, start.scale.clamp(min=_LARGE_SCALE))
         self.start_zero = None if start.zero_point is None else start.zero_point.to(torch.float32)
         self.levels = None if self.spec.format.kind == "int" else distinct_levels(self.spec.format)
         self.offset = torch.zeros_like(self.blocks, requires_grad=True)
@@ -70,7 +73,9 @@ class LearnedWeight:
     def weight(self) -> Tensor:
         """The dequantized weight [out, in], differentiable in `offset` and `ends`."""
         scale, zero = self._range()
-        values = _Rounded.apply(self.blocks, self.offset, scale, zero, self.spec, self.levels)
+        values: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
+            self.blocks, self.offset, scale, zero, self.spec, self.levels
+        )
         return from_blocks(values, self.spec.granularity, self.shape)
 
     def record(self) -> QuantizedTensor:
@@ -83,15 +88,15 @@ class LearnedWeight:
     def _range(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point, both [block_rows, block_columns] float32, as they are stored."""
         spec = self.spec
-        smallest, largest = self.start_scale * _SMALLEST_RATIO, self.start_scale * _LARGEST_RATIO
+        smallest, largest = self.start_scale * _SMALLEST_RATIO, self.largest_scale
         if self.start_zero is None:
             scale = self.start_scale * (1 + self.ends[0] / spec.format.high)
-            return _Through.apply(torch.clamp(scale, smallest, largest), spec), None
+            return _through(torch.clamp(scale, smallest, largest), spec), None
         codes = spec.code_high - spec.code_low
         scale = self.start_scale * (1 + (self.ends[1] - self.ends[0]) / codes)
-        scale = _Through.apply(torch.clamp(scale, smallest, largest), spec)
+        scale = _through(torch.clamp(scale, smallest, largest), spec)
         low = self.start_scale * (spec.code_low - self.start_zero + self.ends[0])
-        return scale, _Through.apply(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.code_high), None)
+        return scale, _through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.code_high), None)
 
 
 def distinct_levels(number: NumberFormat) -> Tensor:
@@ -104,7 +109,8 @@ def distinct_levels(number: NumberFormat) -> Tensor:
 @lru_cache
 def _float_levels(storage: torch.dtype) -> Tensor:
     values = torch.arange(256, dtype=torch.uint8).view(storage).to(torch.float32)
-    return (values[torch.isfinite(values)] + 0.0).unique()
+    levels: Tensor = torch.unique(values[torch.isfinite(values)] + 0.0)
+    return levels
 
 
 def _round(
@@ -149,8 +155,10 @@ def neighbours(weight: Tensor, record: QuantizedTensor) -> tuple[Tensor, Tensor]
         last = levels.numel() - 1
         return levels[below.clamp(0, last)], levels[(below + (scaled != levels[below])).clamp(0, last)]
     shift = 0.0 if record.zero_point is None else record.zero_point.unsqueeze(-1).to(torch.float32)
-    below, above = (part + shift for part in (scaled.floor(), scaled.ceil()))
-    return tuple(codes.clamp_(spec.code_low, spec.code_high) - shift for codes in (below, above))
+    below, above = (
+        (codes + shift).clamp_(spec.code_low, spec.code_high) - shift for codes in (scaled.floor(), scaled.ceil())
+    )
+    return below, above
 
 
 def encoded(steps: Tensor, record: QuantizedTensor) -> QuantizedTensor:
@@ -170,7 +178,7 @@ def _encoded(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs its body on one thread: sums split over threads differ in the last bit, and training turns that into codes."""
+    """Runs its body on one thread: sums split over threads differ in the last bit, and training makes codes of that."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -202,6 +210,11 @@ class _Rounded(torch.autograd.Function):
         of_scale = (gradient * (steps - scaled * inside)).sum(-1)
         of_zero = -(in_steps * ~inside).sum(-1) if ctx.asymmetric else None
         return None, in_steps * gap, of_scale, of_zero, None, None
+
+
+def _through(values: Tensor, spec: QuantSpec | None) -> Tensor:
+    rounded: Tensor = _Through.apply(values, spec)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 class _Through(torch.autograd.Function):
