@@ -39,7 +39,8 @@ def test_signatures_are_those_of_the_design() -> None:
     assert names(nc.load)[:2] == ["directory", "into"]
     defaults = {name: p.default for name, p in inspect.signature(nc.quantize).parameters.items()}
     del defaults["model"], defaults["recipe"]
-    assert defaults == {"data": None, "strict": False, "min_coverage": 0.0, "inplace": False, "progress": True}
+    plain = {"data": None, "strict": False, "min_coverage": 0.0, "inplace": False, "progress": True, "resume": None}
+    assert defaults == plain
 
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if name[0] != "_" and name != "kernels"))
