@@ -159,7 +159,8 @@ def test_the_report_has_the_error_before_and_after_as_numbers() -> None:
     assert seen is not None and seen.hessian is not None
     plain = METHODS["rtn"](range="absmax").quantize(weight, QuantSpec.parse("int4/channel"))
     error = weight - plain.dequantize()
-    expected = torch.trace(error @ seen.hessian @ error.t()) / torch.trace(weight @ seen.hessian @ weight.t())
+    hessian = seen.hessian.float()
+    expected = torch.trace(error @ hessian @ error.t()) / torch.trace(weight @ hessian @ weight.t())
     before, after = row.errors
     assert (before.step, after.step) == ("rtn absmax", "sees_hessian")
     assert before.output_error == pytest.approx(float(expected), rel=1e-3)
