@@ -10,10 +10,12 @@ from narrowcast.errors import RecipeError
 from narrowcast.methods.adaround import AdaRound
 from narrowcast.methods.autoround import AutoRound
 from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
+from narrowcast.methods.gptq import Gptq
+from narrowcast.methods.hqq import Hqq
 from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
-METHODS: dict[str, type[Any]] = {"rtn": Rtn, "adaround": AdaRound, "autoround": AutoRound}
+METHODS: dict[str, type[Any]] = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "adaround": AdaRound, "autoround": AutoRound}
 """Every solver by the name that recipes use: a `WeightMethod`, or a `BlockMethod` where it needs a block."""
 
 
@@ -50,6 +52,8 @@ __all__ = [
     "AutoRound",
     "Block",
     "BlockMethod",
+    "Gptq",
+    "Hqq",
     "Need",
     "Rtn",
     "Seen",

@@ -1,0 +1,173 @@
+"""GPTQ: columns are rounded one after another, and each rounding error is taken over by the columns that follow.
+
+With H = mean of x x^T over the layer's inputs, storing q for a row w costs the squared output error
+(q - w) H (q - w)^T. Once column j is fixed, the best that the columns not yet rounded can do is
+
+    w_k -= (w_j - q_j) / U_jj * U_jk   for k after j,   inverse(H) = U^T U with U upper triangular.
+
+Source:
+    Frantar et al. 2023, GPTQ, arXiv:2210.17323, algorithm 1; rounding by descending activation is of the authors'
+    code. Differs: ranges are searched under the diagonal of H instead of min and max; with updated scales a block's
+    range is found when its first column is reached, in whatever order; after the last column, codes and scales are
+    refined under H, see `descent.py`; a row that is worse than rounded to nearest is rounded to nearest; all sums are
+    float64; damping is raised until H can be factored, which is done without inverting it, see `curvature.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.errors import RecipeError
+from narrowcast.methods.base import Need, Seen, Solved, check_weight
+from narrowcast.methods.curvature import Curvature, curvature, factor
+from narrowcast.methods.descent import Descent
+from narrowcast.methods.draft import Draft
+from narrowcast.methods.native import round_to_nearest
+from narrowcast.methods.rtn import Rtn
+from narrowcast.methods.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ with searched ranges, then coordinate descent.
+
+    Args:
+        order: which columns are rounded first: "activation", those with the largest inputs; "group", the same but
+            block by block, the block with the largest inputs first; "none", from left to right.
+        scales: "static", from the weights as they were; "updated", from the weights as they are when the first column
+            of a block is reached. 8-bit scales (scale:int8) hang together by rows and are always static.
+        damping: what is added to the diagonal of H, as a part of its mean; more where that is not enough.
+        rounds: turns of coordinate descent at most; it stops when no code changes.
+        range: of every block, as in `Rtn`.
+        refinements: of the range search, as in `Rtn`.
+        block: columns between two full updates; changes speed and memory, no code.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    order: Literal["activation", "group", "none"] = "activation"
+    scales: Literal["static", "updated"] = "static"
+    damping: float = 0.01
+    rounds: int = 5
+    range: Literal["auto", "mse", "absmax"] = "auto"
+    refinements: int = 2
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.order not in ("activation", "group", "none"):
+            raise RecipeError(f"gptq: order is {self.order!r}; use 'activation', 'group' or 'none'")
+        if self.scales not in ("static", "updated"):
+            raise RecipeError(f"gptq: scales is {self.scales!r}; use 'static' or 'updated'")
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not number or not 0 <= self.damping <= 1:
+            raise RecipeError(f"gptq: damping is {self.damping!r}; use a number from 0 to 1, like 0.01")
+        for name, least in (("rounds", 0), ("block", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"gptq: {name} is {value!r}; use a whole number >= {least}")
+        try:
+            self._nearest()
+        except RecipeError as error:
+            raise RecipeError(f"gptq: {str(error).removeprefix('rtn: ')}") from None
+
+    def solve(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Solved:
+        """Codes and scales of a small output error under the Hessian of calibration.
+
+        Args:
+            weight: [out, in] float, finite; may be empty.
+            spec: target format; any format, granularity and scale format.
+            seen: its `hessian` [in, in], and `samples` for the notes.
+
+        Returns:
+            A record whose error tr((Q - W) H (Q - W)^T) is at most that of round-to-nearest. With uncorrelated inputs
+            it is that of `Rtn` under the diagonal of H, bit for bit.
+
+        Raises:
+            ModelError: the weight is not a finite float matrix.
+            DataError: there is no Hessian, or it does not fit the weight or is not finite.
+            FormatError: a scale is larger than the scale format can hold.
+        """
+        weight = check_weight(weight)
+        known = curvature(seen, weight.shape[1], weight.device)
+        if not spec.format.scaled or weight.numel() == 0:
+            why = f"{spec} has no scales" if weight.numel() else "the weight is empty"
+            return Solved(round_to_nearest(weight, spec), (f"{why}: rounded to nearest",))
+        plain = self._nearest().quantize(weight, spec, Seen(importance=known.importance))
+        if not known.correlated:
+            return Solved(plain, known.notes or ("no two inputs are correlated: rounded to nearest",))
+        draft = Draft.of(plain)
+        order = _order(self.order, known.importance, draft.wide)
+        factored = factor(known.hessian, order, self.damping)
+        transposed = weight.t().to(torch.float64)
+        self._sweep_(draft, transposed, order, known, factored.factor)
+        notes = known.notes + factored.notes + _keep_better_(draft, Draft.of(plain), transposed, factored.hessian)
+        descent = Descent(transposed, draft, factored.hessian, block=self.block)
+        for _ in range(self.rounds):
+            descent.refit_scales_()
+            if not descent.refine_codes_():
+                break
+        return Solved(draft.record(), notes)
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> QuantizedTensor:
+        """The record of `solve` alone."""
+        return self.solve(weight, spec, seen).record
+
+    def _nearest(self) -> Rtn:
+        return Rtn(self.range, self.refinements)
+
+    def _sweep_(self, draft: Draft, weight: Tensor, order: Tensor, known: Curvature, factor: Tensor) -> None:
+        sweep = Sweep(weight[order], factor, self.block)
+        columns = order.tolist()
+        # one block of columns has no weights before it that could have updated it
+        updated = self.scales == "updated" and draft.scale.shape[1] > 1 and draft.spec.scale_format != "int8"
+        begun: set[int] = set()
+
+        def round_column(position: int, values: Tensor) -> Tensor:
+            group = columns[position] // draft.wide
+            if updated and group not in begun:
+                begun.add(group)
+                self._choose_scale_(draft, group, sweep, (order, known.importance))
+            return draft.round_column_(columns[position], values)
+
+        sweep.run(round_column)
+
+    def _choose_scale_(self, draft: Draft, group: int, sweep: Sweep, columns: tuple[Tensor, Tensor]) -> None:
+        """The range of a block of columns from what they are by now."""
+        order, importance = columns
+        part = draft.columns(group)
+        positions = order.argsort()[part]
+        now = sweep.current(positions).t().to(torch.float32).contiguous()
+        found = self._nearest().quantize(now, draft.spec, Seen(importance=importance[part]))
+        assert found.scale is not None
+        draft.scale[:, group] = found.scale[:, 0]
+        if draft.zero_point is not None and found.zero_point is not None:
+            draft.zero_point[:, group] = found.zero_point[:, 0]
+
+
+def _order(name: str, importance: Tensor, wide: int) -> Tensor:
+    """The columns [in] in the order in which they are rounded; equal ones from left to right."""
+    columns = torch.arange(importance.numel(), device=importance.device)
+    if name == "none":
+        return columns
+    order = importance.argsort(descending=True, stable=True)
+    if name == "activation":
+        return order
+    groups = columns // wide
+    sums = torch.zeros_like(importance).index_add_(0, groups, importance)
+    counts = torch.bincount(groups, minlength=importance.numel()).clamp(min=1)
+    rank = (sums / counts).argsort(descending=True, stable=True).argsort()
+    return order[rank[groups[order]].argsort(stable=True)]
+
+
+def _keep_better_(draft: Draft, plain: Draft, weight: Tensor, hessian: Tensor) -> tuple[str, ...]:
+    """Rows that came out worse than rounded to nearest become `plain` again; says how many."""
+    errors = [(d.values - weight).mul(hessian @ (d.values - weight)).sum(0) for d in (draft, plain)]
+    worse = draft.sum_rows(errors[0]) > draft.sum_rows(errors[1])
+    if not bool(worse.any()):
+        return ()
+    draft.take_rows_(plain, worse)
+    return (f"{int(draft.by_row(worse).sum())} of {weight.shape[1]} rows are better rounded to nearest",)
