@@ -76,8 +76,9 @@ Tensor run_int8(const Activations& x, const Int8Arguments& arguments, const std:
                               x.type};
   const LinearKernels& kernels = kLinearTiers.active();
   if (arguments.interleaved && kernels.int8_interleaved != nullptr) {
-    for_each_tile(x.rows, columns, parallel,
-                  [&](Range rows, Range part) { kernels.int8_interleaved(problem, rows, part); });
+    for_each_tile(x.rows, columns, parallel, [&](Range rows, Range part) {
+      kernels.int8_interleaved(problem, rows, part, workspace(Slot::panel, int8_interleaved_scratch(x.depth)));
+    });
     return out;
   }
   if (arguments.interleaved) {

@@ -35,12 +35,15 @@ struct LinearKernels {
   // Computes the given rows and columns of the output; `scratch` has int8_scratch(depth) bytes, 64-byte aligned.
   void (*int8_tile)(const Int8Linear& problem, Range rows, Range columns, void* scratch);
   int64_t (*int8_scratch)(int64_t depth);
-  // The same for interleaved weights, without scratch; null where a tier has no body for them.
-  void (*int8_interleaved)(const Int8Linear& problem, Range rows, Range columns) = nullptr;
+  // The same for interleaved weights, with int8_interleaved_scratch(depth) bytes; null where a tier has no body for them.
+  void (*int8_interleaved)(const Int8Linear& problem, Range rows, Range columns, void* scratch) = nullptr;
 };
 
 // Columns per task: a multiple of every tier's register tile, so that a task boundary never splits one.
 constexpr int64_t kColumnTile = 64;
+
+// What any tier's int8_interleaved wants: the codes of 4 rows as int16, rows of whole chunks of 32.
+constexpr int64_t int8_interleaved_scratch(int64_t depth) { return (depth + 31) / 32 * 32 * 2 * 4; }
 
 // The tile kernels, one file per tier.
 void int8_tile_scalar(const Int8Linear& problem, Range rows, Range columns, void* scratch);
@@ -50,9 +53,10 @@ void int8_tile_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns
 void int8_tile_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_neondot(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 void int8_tile_neoni8mm(const Int8Linear& problem, Range rows, Range columns, void* scratch);
-void int8_interleaved_avxvnni(const Int8Linear& problem, Range rows, Range columns);
-void int8_interleaved_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns);
-void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns);
+void int8_interleaved_avx2(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_interleaved_avxvnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_interleaved_avxvnni_evex(const Int8Linear& problem, Range rows, Range columns, void* scratch);
+void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void* scratch);
 int64_t int8_scratch_scalar(int64_t depth);
 int64_t int8_scratch_avx2(int64_t depth);
 int64_t int8_scratch_avxvnni(int64_t depth);
@@ -62,7 +66,7 @@ int64_t int8_scratch_neondot(int64_t depth);
 int64_t int8_scratch_neoni8mm(int64_t depth);
 
 constexpr LinearKernels kLinearScalar = {int8_tile_scalar, int8_scratch_scalar};
-constexpr LinearKernels kLinearAvx2 = {int8_tile_avx2, int8_scratch_avx2};
+constexpr LinearKernels kLinearAvx2 = {int8_tile_avx2, int8_scratch_avx2, int8_interleaved_avx2};
 constexpr LinearKernels kLinearAvxVnni = {int8_tile_avxvnni, int8_scratch_avxvnni, int8_interleaved_avxvnni};
 constexpr LinearKernels kLinearAvxVnniEvex = {int8_tile_avxvnni_evex, int8_scratch_avxvnni_evex,
                                             int8_interleaved_avxvnni_evex};

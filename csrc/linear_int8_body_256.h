@@ -218,7 +218,7 @@ void many_rows(const Int8Linear& problem, Range rows, Range columns, void* scrat
   }
 }
 
-void int8_tile(const Int8Linear& problem, Range rows, Range columns, void* scratch) {
+inline void int8_tile(const Int8Linear& problem, Range rows, Range columns, void* scratch) {
   const bool panel = rows.end - rows.begin >= 8;
   for (int64_t column = columns.begin; column < columns.end; column += kColumnTile) {
     const Range part = {column, smaller(column + kColumnTile, columns.end)};
@@ -235,7 +235,7 @@ void int8_tile(const Int8Linear& problem, Range rows, Range columns, void* scrat
 }
 
 // Panels of 64 columns and the codes of 6 rows.
-int64_t int8_scratch(int64_t depth) { return word_count(depth) * 4 * (kColumnTile + kPanelRows); }
+inline int64_t int8_scratch(int64_t depth) { return word_count(depth) * 4 * (kColumnTile + kPanelRows); }
 
 }  // namespace
 }  // namespace narrowcast

@@ -11,7 +11,7 @@
 namespace narrowcast {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes of each panel that are prefetched where a row or two do not hide the memory
+constexpr int64_t kAhead = 512;  // bytes of each of the next panels that few rows fetch ahead
 
 // Sums of ROWS rows with PANELS panels, `panel_bytes` apart, into out[row][kPanelColumns].
 template <int ROWS, int PANELS>
@@ -31,7 +31,6 @@ __attribute__((noinline)) void tile_rows(const uint8_t* codes, int64_t stride, c
       for (int p = 0; p < PANELS; ++p) {
         const int8_t* source = panel + p * panel_bytes + at + quad * kUnitBytes;
         weights[p] = _mm512_loadu_si512(source);
-        if (ROWS <= 2) _mm_prefetch(source + kAhead, _MM_HINT_T0);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
@@ -64,16 +63,25 @@ const Kernel* kernels_for(int64_t panels) {
   }
 }
 
+// The first lines of the next panels: the processor follows four streams by itself, but takes its time to find them.
+void prefetch_starts(const int8_t* panel, int64_t panel_bytes) {
+  for (int64_t p = 0; p < 4; ++p) {
+    for (int64_t at = 0; at < kAhead; at += 64) _mm_prefetch(panel + p * panel_bytes + at, _MM_HINT_T1);
+  }
+}
+
 }  // namespace
 
-void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns) {
+void int8_interleaved_avx512vnni(const Int8Linear& problem, Range rows, Range columns, void*) {
   const int64_t panel_bytes = Interleaved{0, problem.depth, 8}.panel_bytes();
   alignas(64) int32_t sums[kPanelRows * kPanelColumns];
   for (int64_t column = columns.begin; column < columns.end; column += kPanelColumns) {
     const Range part = {column, smaller(column + kPanelColumns, columns.end)};
     const Kernel* kernels = kernels_for((part.end - part.begin + 15) / 16);
     const int8_t* panel = problem.weight + column / 16 * panel_bytes;
-    const int64_t total = rows.end - rows.begin, steps = (total + kPanelRows - 1) / kPanelRows;
+    const int64_t total = rows.end - rows.begin;
+    if (total <= 2) prefetch_starts(panel + 4 * panel_bytes, panel_bytes);
+    const int64_t steps = (total + kPanelRows - 1) / kPanelRows;
     int64_t row = rows.begin;
     for (int64_t step = 0; step < steps; ++step) {  // rows shared out evenly: 16 = 6 + 5 + 5
       const int64_t count = total / steps + (step < total % steps ? 1 : 0);

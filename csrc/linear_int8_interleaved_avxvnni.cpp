@@ -2,8 +2,8 @@
 
 namespace narrowcast {
 
-void int8_interleaved_avxvnni(const Int8Linear& problem, Range rows, Range columns) {
-  int8_interleaved(problem, rows, columns);
+void int8_interleaved_avxvnni(const Int8Linear& problem, Range rows, Range columns, void* scratch) {
+  int8_interleaved(problem, rows, columns, scratch);
 }
 
 }  // namespace narrowcast

@@ -14,7 +14,7 @@ constexpr int64_t kWidePanels = 4;    // panels of a register tile of up to kWid
 constexpr int64_t kNarrowPanels = 2;  // and of one of up to kTileRows
 constexpr int kWideRows = 2;
 constexpr int kTileRows = 6;
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 512;  // bytes of each of the next panels that few rows fetch ahead
 
 // sum += levels . codes, four codes of one row for all columns; the broadcast is part of the instruction.
 inline void add_products(__m512i& sum, __m512i levels, const int8_t* codes) {
@@ -134,13 +134,6 @@ __attribute__((noinline)) void tile_rows(const LowBitLinear& problem, const Tile
       const int8_t* rows[ROWS];
       spread_pointers<PANELS>(units, panel_bytes, panels);
       spread_pointers<ROWS>(codes, stride, rows);
-      if constexpr (ROWS <= 2) {
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; ++p) {
-#pragma GCC unroll 8
-          for (int u = 0; u < BITS; ++u) _mm_prefetch(panels[p] + u * kUnitBytes + kAhead, _MM_HINT_T0);
-        }
-      }
       add_quads<ROWS, PANELS, BITS, LEVELS, 0>(sums, panels, rows, table);
     }
 #pragma GCC unroll 4
@@ -193,6 +186,13 @@ Kernels find_kernels(const LowBitLinear& problem) {
   }
 }
 
+// The first lines of the next panels: the processor follows four streams by itself, but takes its time to find them.
+void prefetch_starts(const uint8_t* panel, int64_t panel_bytes) {
+  for (int64_t p = 0; p < kWidePanels; ++p) {
+    for (int64_t at = 0; at < kAhead; at += 64) _mm_prefetch(panel + p * panel_bytes + at, _MM_HINT_T1);
+  }
+}
+
 void interleaved_tile(const LowBitLinear& problem, Range rows, Range columns, void*) {
   const Kernels kernels = find_kernels(problem);
   const int64_t panel_bytes = Interleaved{0, problem.depth, problem.bits}.panel_bytes();
@@ -212,6 +212,7 @@ void interleaved_tile(const LowBitLinear& problem, Range rows, Range columns, vo
                          panel_bytes,
                          column / 16 * problem.groups,
                          totals};
+      if (total <= kWideRows) prefetch_starts(tile.panel + wide / 16 * panel_bytes, panel_bytes);
       (full ? kernels.full : kernels.single)[count - 1](problem, tile);
       finish<kTotalColumns>(problem, row, count, part, totals);
       row += count;

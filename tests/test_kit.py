@@ -119,3 +119,10 @@ def test_missing_data_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
 def test_unknown_model_is_named() -> None:
     with pytest.raises(ValueError, match="resnet21"):
         kit_model("resnet21")
+
+
+def test_the_calibration_doctor_has_nothing_against_the_kits_calibration_data(kit: KitModel) -> None:
+    from narrowcast.pipeline import examine
+
+    recipe = "static-int8" if kit.kind == "cnn" else "dynamic-int8"
+    assert not examine(kit.build(), recipe, kit.calibration())

@@ -32,13 +32,15 @@ def test_signatures_are_those_of_the_design() -> None:
         ]
 
     assert names(nc.plan) == ["model", "recipe"]
-    assert names(nc.quantize) == ["model", "recipe", "data", "*strict", "*min_coverage", "*inplace", "*progress"]
+    quantize = ["model", "recipe", "data", "*strict", "*min_coverage", "*inplace", "*progress", "*resume"]
+    assert names(nc.quantize) == quantize
     assert names(nc.compare)[:4] == ["reference", "candidate", "data", "metric"]
     assert names(nc.save) == ["quantized", "directory"]
     assert names(nc.load)[:2] == ["directory", "into"]
     defaults = {name: p.default for name, p in inspect.signature(nc.quantize).parameters.items()}
     del defaults["model"], defaults["recipe"]
-    assert defaults == {"data": None, "strict": False, "min_coverage": 0.0, "inplace": False, "progress": True}
+    plain = {"data": None, "strict": False, "min_coverage": 0.0, "inplace": False, "progress": True, "resume": None}
+    assert defaults == plain
 
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if name[0] != "_" and name != "kernels"))

@@ -17,10 +17,13 @@ from torch import nn
 from narrowcast.core import QuantSpec
 from narrowcast.errors import RecipeError
 from narrowcast.kernels import kernel_name
+from narrowcast.kernels.reference import LONGEST_SUM
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
-from narrowcast.nn import INTEGER_MODES, activation_mode
+from narrowcast.models.rewrite import untie_
+from narrowcast.nn import INTEGER_MODES, activation_mode, outlier_bits
 from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
 from narrowcast.report import format_bytes
+from narrowcast.transforms import make_transform
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class LayerPlan:
         kernel: what will multiply.
         integer: whether that is an integer kernel.
         refused: whether a rule wants it quantized and it cannot be.
+        fallback: why it is quantized otherwise than the rule says; "" where it is not.
     """
 
     layer: Layer
@@ -50,12 +54,14 @@ class LayerPlan:
     kernel: str = ""
     integer: bool = False
     refused: bool = False
+    fallback: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "layer": self.layer.name, "type": self.layer.type, "shape": list(self.layer.shape),
-            "outcome": "keep" if self.weight is None else "quantize", "reason": self.reason,
+            "outcome": "keep" if self.weight is None else "quantize",
+            "reason": "; ".join(part for part in (self.reason, self.fallback) if part),
             "weight": "" if self.weight is None else str(self.weight),
             "input": "float" if self.input is None else str(self.input), "method": dict(self.method),
             "bits_per_weight": self.bits_per_weight, "bytes_before": self.layer.bytes, "bytes_after": self.bytes_after,
@@ -106,7 +112,7 @@ class Plan:
             shape = "x".join(map(str, row.layer.shape))
             weight = "keep" if row.weight is None else str(row.weight)
             given = "" if row.weight is None else ("float" if row.input is None else str(row.input))
-            why = "; ".join(part for part in (row.reason, row.kernel) if part)
+            why = "; ".join(part for part in (row.reason, row.fallback, row.kernel) if part)
             sizes = format_bytes(row.layer.bytes), format_bytes(row.bytes_after)
             cells = (row.layer.name, shape, weight, given, f"{row.bits_per_weight:.2f}", *sizes, why)
             table.add_row(*map(Text, cells))
@@ -134,8 +140,16 @@ def plan(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe) -> P
     """
     loaded = load_recipe(recipe)
     adapter = TorchModel(model)
+    untie_for(adapter, loaded)
     folds = find_pairs(adapter.model, None) if loaded.fold_batchnorm else FoldReport()
     return make_plan(adapter, loaded, folds)
+
+
+def untie_for(adapter: TorchModel, recipe: Recipe) -> None:
+    """Untie heads where a transform of the recipe asks for it; before the adapter lists its layers."""
+    wanted = any(getattr(make_transform(values), "untie", False) for values in recipe.transforms)
+    for path in untie_(adapter.model) if wanted else []:
+        adapter.notes.append(f"{path} was tied to an embedding; it has a matrix of its own now, as rotate asks")
 
 
 def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
@@ -149,6 +163,9 @@ def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
     largest = max((row.layer.parameters for row in rows if row.weight is not None), default=0)
     notes = [*adapter.notes, *(f"BatchNorm {norm} is folded into {conv}" for norm, conv in folds.folded.items())]
     notes += [f"BatchNorm {norm} stays: {why}" for norm, why in folds.kept.items()]
+    if recipe.transforms:
+        names = ", ".join(name for entry in recipe.transforms for name in entry)
+        notes.append(f"before quantizing: {names}; the float function stays the same")
     # solving holds a float32 copy of one weight, its codes, and about three more of that size while it searches
     return Plan(type(adapter.original).__name__, recipe, rows, before, after, before + after + 20 * largest, notes)
 
@@ -180,9 +197,12 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
     bits = spec.bits_per_value(shape)
     mode = activation_mode(None if rule.input is None else rule.input.spec)
     given, reason, kernel, integer = rule.input, "", "dequantized at each call, product in float", False
+    fallback = ""
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
         given, kernel = None, "row lookup"
+    elif mode in INTEGER_MODES and shape[1] > LONGEST_SUM:
+        given, fallback = None, _overflowing(shape[1], rule)
     elif mode in INTEGER_MODES:
         ops = {adapter.integer_op(site, spec, mode) for site in consumers}
         if None in ops:
@@ -190,10 +210,37 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
         kernel, integer = ", ".join(sorted(kernel_name(str(op)) for op in ops)), True
     elif mode == "cast":
         kernel = f"product in {rule.input}"
+    if given is not None and given.outliers:
+        count = _outlier_count(layer, rule)
+        bits += outlier_bits(shape[0], count) / layer.parameters
+        kernel += f", and {count} of {shape[1]} inputs in torch mm"
     if len(layer.sites) > 1:
         reason = "tied: " + ", ".join(site.path for site in layer.sites)
     bytes_after = round(bits * layer.parameters / 8)
-    return LayerPlan(layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer)
+    return LayerPlan(layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer, fallback=fallback)
+
+
+def _overflowing(products: int, rule: Rule) -> str:
+    return (
+        f"a sum of {products} products can overflow 32 bits (up to {LONGEST_SUM} cannot), so its inputs are float and "
+        f"not {str(rule.input)!r}"
+    )
+
+
+def _outlier_count(layer: Layer, rule: Rule) -> int:
+    """Input channels of a layer that stay float.
+
+    Raises:
+        RecipeError: it is not one linear layer of its own.
+    """
+    assert rule.input is not None
+    if layer.type not in ("Linear", "Conv1D") or len(layer.sites) > 1:
+        what = "a tied weight" if len(layer.sites) > 1 else f"a {layer.type}"
+        raise RecipeError(
+            f"layer {layer.name!r} is {what}, and {str(rule.input)!r} keeps outlier channels of linear layers with a "
+            "weight of their own only; give it a rule without outliers"
+        )
+    return rule.input.outlier_count(layer.shape[1])
 
 
 def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:

@@ -1,8 +1,9 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing when not wanted."""
+"""Progress of long work: a bar with the time left on a terminal, plain lines elsewhere, nothing when not wanted."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +17,27 @@ class Step(Protocol):
 
     def __call__(self, text: str, *, advance: int = 1) -> None:
         """Show `text`, and count `advance` units as done."""
+
+
+# Lines come at most this often where there is no terminal, in seconds: short work prints none.
+_BETWEEN_LINES = 10.0
+
+
+class _PlainSteps:
+    """A line with the time left now and then."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.printed = time.monotonic()
+
+    def __call__(self, text: str, *, advance: int = 1) -> None:
+        self.done += advance
+        now = time.monotonic()
+        if now - self.printed < _BETWEEN_LINES or not 0 < self.done < self.total:
+            return
+        self.printed = now
+        left = (now - self.started) / self.done * (self.total - self.done)
+        print(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left, {text}", file=sys.stderr)
 
 
 @contextmanager
@@ -33,7 +55,7 @@ def progress_steps(title: str, total: int, *, enabled: bool) -> Iterator[Step]:
     console = Console(stderr=True)
     if not console.is_terminal:
         print(f"{title}: {total} steps", file=sys.stderr)
-        yield lambda text, *, advance=1: None
+        yield _PlainSteps(title, total)
         print(f"{title}: done", file=sys.stderr)
         return
     columns = (

@@ -15,6 +15,23 @@ def test_plan_tells_every_layer(cli, project):
     assert planned["bytes_after"] < planned["bytes_before"]
 
 
+def test_plan_examines_data(cli, project, images):
+    answer = cli("plan", f"{project}:build", "-r", "static-int8", "-d", images)  # of random pixels
+    assert answer.code == 0, answer.err
+    assert "warning    data: input 'x': neighbouring pixels are unrelated" in answer.out
+    found = cli("plan", f"{project}:build", "-r", "static-int8", "-d", images, "--json").json["findings"]
+    assert [row["topic"] for row in found] == ["noise"]
+
+
+def test_quantize_prints_what_the_doctor_says_and_strict_refuses(cli, project, here):
+    np.savez(here / "blank.npz", images=np.zeros((48, 8, 8, 3), np.uint8))
+    common = ("quantize", f"{project}:build", "-r", "weight-int8", "-d", "blank.npz", "-o", "out")
+    assert "severe     data: calibration data: 47 of 48 rows repeat an earlier one" in cli(*common).out
+    answer = cli(*common, "--strict")
+    assert answer.code == 2
+    assert "the calibration data cannot be trusted" in " ".join(answer.err.split())
+
+
 def test_quantize_then_inspect_compare_and_bench(cli, project, images):
     answer = cli("quantize", f"{project}:build", "-r", "static-int8", "-d", images, "-o", "out", "--report", "r.json")
     assert answer.code == 0, answer.err
@@ -35,6 +52,32 @@ def test_quantize_then_inspect_compare_and_bench(cli, project, images):
     assert measured["models"][1]["speedup"]["value"] > 0
     shown = cli("bench", f"{project}:build", "-d", images, *common[:4])
     assert shown.code == 0 and "samples/s" in shown.out
+
+
+def test_quantize_writes_finished_blocks_and_errors_per_layer(cli, project, images, here):
+    (here / "blocks.toml").write_text('sequential = true\n[[rule]]\nweight = "int8/channel"\n')
+    arguments = (
+        "quantize",
+        f"{project}:build",
+        "-r",
+        "blocks.toml",
+        "-d",
+        images,
+        "--work",
+        "work",
+        "--report",
+        "r.json",
+    )
+    assert cli(*arguments, "-o", "out").code == 0
+    written = sorted(path.name for path in (here / "work").iterdir())
+    assert written == ["block-0000.safetensors", "block-0001.safetensors"]
+    rows = [row for row in json.loads((here / "r.json").read_text())["layers"] if row["spec"]]
+    assert all([error["step"] for error in row["errors"]] == ["rtn absmax", "rtn"] for row in rows)
+    assert cli(*arguments, "-o", "again").code == 0
+    same = [(here / place / "model.safetensors").read_bytes() for place in ("out", "again")]
+    assert same[0] == same[1]
+    refused = cli("quantize", f"{project}:build", "-r", "weight-int8", "-d", images, "--work", "work", "-o", "third")
+    assert refused.code == 2 and "sequential" in refused.err
 
 
 def test_quiet_quantize_prints_nothing(cli, project):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from numpy.polynomial import Chebyshev, Polynomial
+from scipy.special import ndtr
 from tests.kernels.linear_cases import Tiers, assert_equal, int8_arguments, native, reference, static_arguments
 from tests.kernels.lowbit_cases import lowbit_arguments
 from torch import Tensor
@@ -60,3 +66,18 @@ def test_an_unknown_function_raises() -> None:
     for body in (native, reference):
         with pytest.raises(RuntimeError, match="fused 'tanh' is not known"):
             body("linear_int8_dynamic", *arguments, True, "tanh")
+
+
+def test_the_table_of_the_normal_tail_is_what_its_comment_says() -> None:
+    text = (Path(__file__).parents[2] / "csrc" / "gelu_table.h").read_text()
+    numbers = re.findall(r"-?\d\.\d+(?:e-\d+)?(?=f[,}])", text[text.index("kNormalTail[6]") :])
+    table = np.array([float(number) for number in numbers], dtype=np.float32).reshape(6, 16)
+    width = 6.0 / 16
+    for piece in range(16):
+        middle = width * (piece + 0.5)
+        chebyshev = Chebyshev.interpolate(lambda u, m=middle: ndtr(-(m + width * u)), 5, [-0.5, 0.5])
+        power = chebyshev.convert(kind=Polynomial, domain=[-1, 1]).coef
+        np.testing.assert_allclose(table[:, piece], power, rtol=1e-5, atol=1e-11)
+        u = np.linspace(-0.5, 0.5, 1001)
+        a = middle + width * u
+        assert np.abs(a * (np.polyval(table[::-1, piece].astype(np.float64), u) - ndtr(-a))).max() < 3e-8

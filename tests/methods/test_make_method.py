@@ -15,7 +15,7 @@ def test_a_recipe_names_a_method_and_its_options() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"rtm": {}}, "method 'rtm' is not known; use one of gptq, hqq, rtn"),
+        ({"rtm": {}}, "method 'rtm' is not known; use one of adaround, autoround, gptq, hqq, rtn"),
         ({"rtn": {"clip": 1}}, "method 'rtn' has no option 'clip'; its options are range, refinements"),
         ({"rtn": {"range": "max"}}, "range is 'max'; use 'auto', 'mse' or 'absmax'"),
         ({"rtn": 3}, "takes a table of options, got 3"),

@@ -57,7 +57,8 @@ void int8_layer(Random& random) {
     problem.offset = offset.data(), problem.bias = bias.data(), problem.depth = shape.depth, problem.out = out;
     problem.out_stride = shape.columns, problem.out_type = shape.type;
     if (kernels.int8_interleaved != nullptr) {
-      return kernels.int8_interleaved(problem, {0, shape.rows}, {0, shape.columns});
+      Buffer<uint8_t> own(int8_interleaved_scratch(shape.depth));
+      return kernels.int8_interleaved(problem, {0, shape.rows}, {0, shape.columns}, own.data());
     }
     Buffer<uint8_t> stored(shape.columns * shape.depth), scratch(kernels.int8_scratch(shape.depth));
     restore_rows(layout, weight.data(), stored.data());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import narrowcast as nc
 from narrowcast.kernels import capability
 from narrowcast.kernels.interleave import is_interleaved
 from narrowcast.kernels.ops import reads_interleaved
+from narrowcast.nn.interleaved import CALLS_BETWEEN
 from narrowcast.nn.linear import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(
@@ -92,6 +94,26 @@ def test_shared_codes_stay_as_they_are() -> None:
     other = module.weight_codes
     first = module(x)
     assert torch.equal(module(x), first) and not in_use(module) and other is module.weight_codes
+
+
+def test_codes_that_were_shared_for_a_while_are_interleaved_later() -> None:
+    module, x = layer("int4")
+    other = module.weight_codes
+    module(x), module(x)
+    assert not in_use(module)
+    del other
+    for _ in range(CALLS_BETWEEN):
+        module(x[:1])
+    assert in_use(module)
+
+
+def test_threads_that_call_a_layer_at_once_get_the_same_answer() -> None:
+    for _ in range(20):
+        module, x = layer("int4")
+        expected = module(x)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _, module=module, x=x: module(x), range(16)))
+        assert all(torch.equal(answer, expected) for answer in answers)
 
 
 def test_a_copy_and_a_saved_model_answer_the_same(tmp_path: Path) -> None:

@@ -53,5 +53,5 @@ def test_a_record_of_another_kind_is_refused() -> None:
 def test_every_kind_of_module_has_a_name_of_its_own() -> None:
     assert all(issubclass(module, InstalledModule) and module.kind == name for name, module in MODULES.items())
     assert {name for name, module in MODULES.items() if issubclass(module, QuantizedModule)} == {
-        "Linear", "Conv", "Embedding", "Recurrent",
+        "Linear", "OutlierLinear", "Conv", "Embedding", "Recurrent", "Experts",
     }  # fmt: skip

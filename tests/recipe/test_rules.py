@@ -77,7 +77,13 @@ def test_patterns_tell_upper_from_lower_case() -> None:
     ({"weight": "int8", "input": "uint8/tensor static:median"}, "observer 'median' is not known; use one of minmax"),
     ({"weight": "int8", "input": "uint8/tensor static:percentile(200)"}, "percentile"),
     ({"weight": "int8", "input": "uint8/channel static:mse"}, "ranges per channel are observed by minmax"),
-    ({"weight": "int8", "input": "uint8/tensor or so"}, "expected '<format>' or '<format> static:<observer>'"),
+    ({"weight": "int8", "input": "uint8/tensor or so"}, "expected '<format>', '<format> static:<observer>' or"),
+    ({"weight": "int8", "input": "int8/token outliers:top(0%)"}, "not a percentage between 0.001 and 25"),
+    ({"weight": "int8", "input": "int8/token outliers:top(1.2.3%)"}, "not a percentage between 0.001 and 25"),
+    ({"weight": "int8", "input": "int8/token outliers:top(60%)"}, "use for example outliers:top"),
+    ({"weight": "int8", "input": "int8/token outliers:0.5%"}, "expected '<format>'"),
+    ({"weight": "int8", "input": "uint8/tensor static:minmax outliers:top(1%)"}, "ranges found at run time"),
+    ({"weight": "int8", "input": "bf16 outliers:top(1%)"}, "ranges found at run time"),
     ({"weight": "int8", "input": ""}, "expected '<format>'"),
     ({"weight": "int8", "method": "gptqq"}, "rule 1: method 'gptqq' is not known; use one of"),
     ({"weight": "int8", "method": {"rtn": {"dampening": 1}}}, "no option 'dampening'; its options are range"),
@@ -134,6 +140,10 @@ def test_a_static_range_without_an_observer_has_the_default_one() -> None:
     )
     assert str(InputRule.parse(" uint8/tensor  static:percentile(99.9) ")) == "uint8/tensor static:percentile(99.9)"
     assert InputRule.parse("int8/token").observer == ""
+    assert str(InputRule.parse(" int8/token   outliers:top(0.50%)")) == "int8/token outliers:top(0.5%)"
+    counted = [InputRule.parse("int8/token outliers:top(0.5%)").outlier_count(width) for width in (64, 200, 201, 4096)]
+    assert counted == [1, 1, 2, 21]
+    assert InputRule.parse("int8/token").outlier_count(4096) == 0
     with pytest.raises(FormatError, match="no static range"):
         InputRule.parse("bf16 static")
 
@@ -144,7 +154,10 @@ RULES = st.one_of(
         optional={
             "layers": st.lists(st.sampled_from(["a.*", "b", "[cd]?"]), min_size=1, max_size=2),
             "type": st.sampled_from(["Linear", "Conv2d"]), "role": st.sampled_from(["embedding", "head"]),
-            "input": st.sampled_from(["int8/token", "bf16", "uint8/tensor static:percentile(99.9)", "uint8/channel"]),
+            "input": st.sampled_from([
+                "int8/token", "uint8/token outliers:top(0.3%)", "bf16", "uint8/tensor static:percentile(99.9)",
+                "uint8/channel",
+            ]),
             "method": st.sampled_from(["rtn", {"rtn": {"range": "absmax"}}]), "optional": st.booleans(),
         },
     ),

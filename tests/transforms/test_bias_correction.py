@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrowcast.transforms import ChannelError
+from narrowcast.transforms import ChannelError, analytic_correction, clipped_normal_mean
 
 
 def bias_correction(expected: torch.Tensor, got: torch.Tensor, channel_dim: int) -> torch.Tensor | None:
@@ -58,3 +61,30 @@ def test_the_squared_error_never_grows(rows: int, seed: int) -> None:
     correction = bias_correction(expected, got, -1)
     before, after = (expected - got).square().sum(), (expected - got - correction).square().sum()
     assert float(after) <= float(before) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, math.inf), (0.0, 6.0), (-math.inf, math.inf), (-1.0, 1.0)])
+def test_the_mean_of_a_clipped_gaussian_is_what_sampling_gives(low: float, high: float) -> None:
+    mean, deviation = torch.tensor([-3.0, -0.5, 0.0, 2.0, 5.5, 20.0]), torch.tensor([1.0, 2.0, 1.0, 0.5, 3.0, 1.0])
+    samples = mean + deviation * torch.randn(200_000, 6, generator=torch.Generator().manual_seed(0))
+    expected = samples.clamp(low, high).mean(0).double()
+    torch.testing.assert_close(clipped_normal_mean(mean, deviation, low, high), expected, atol=0.03, rtol=0)
+
+
+def test_a_constant_channel_has_its_own_clipped_value_as_mean() -> None:
+    mean = torch.tensor([-1.0, 0.5, 9.0])
+    got = clipped_normal_mean(mean, torch.zeros(3), 0.0, 6.0)
+    torch.testing.assert_close(got, torch.tensor([0.0, 0.5, 6.0]).double())
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_analytic_correction_is_the_error_of_the_mean_input(groups: int) -> None:
+    weight, mean = torch.randn(8, 8 // groups * 9), torch.rand(8)
+    approximate = weight + 0.1 * torch.randn_like(weight)
+    image = mean.view(1, 8, 1, 1).expand(1, 8, 3, 3)
+
+    def layer(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(image, matrix.view(8, -1, 3, 3), groups=groups).flatten()
+
+    correction = analytic_correction(weight, approximate, mean, groups)
+    torch.testing.assert_close(layer(approximate) + correction, layer(weight), atol=1e-5, rtol=1e-4)

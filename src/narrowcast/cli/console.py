@@ -122,12 +122,13 @@ def in_width(output: Output, report: Any) -> Any:
     """A report as a table that fits the terminal, or as wide text where there is none."""
     from rich.console import Group
 
-    from narrowcast.report import report_table
-    from narrowcast.report.terminal import totals_lines
+    from narrowcast.report import finding_lines, report_table
+    from narrowcast.report.terminal import solver_notes, totals_lines
 
     if not output.result.is_terminal:
         return str(report)
-    lines = [*totals_lines(report.totals), *(f"note       {note}" for note in report.notes)]
+    lines = [*totals_lines(report.totals), *finding_lines(report.findings)]
+    lines += [f"note       {note}" for note in [*report.notes, *solver_notes(report.layers)]]
     return Group(report_table(report), Text("\n".join(lines)))
 
 

@@ -25,6 +25,13 @@ from narrowcast.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from narrowcast.report import Report
 
+WorkOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIRECTORY", help="Write finished blocks here; a run that was interrupted continues from them."
+    ),
+]
+
 
 def quantize(
     model: ModelArgument,
@@ -38,6 +45,7 @@ def quantize(
         float, typer.Option(help="Fail if less than this share of the weights ends up quantized.", min=0.0, max=1.0)
     ] = 0.0,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON, too.")] = None,
+    work: WorkOption = None,
     batch_size: BatchOption = 32,
     limit: LimitOption = None,
     tokenizer: TokenizerOption = None,
@@ -69,8 +77,9 @@ def quantize(
         source = open_model(model)
         calibration = None if data is None else open_data(data, options, model=model)
     result = nc.quantize(
-        source.model, rules, calibration, strict=strict, min_coverage=min_coverage, progress=output.progress
-    )
+        source.model, rules, calibration, strict=strict, min_coverage=min_coverage, progress=output.progress,
+        resume=work,
+    )  # fmt: skip
     _check_something_done(result.report, source.kind, model)
     with output.working(f"saving {out}"):
         nc.save(result, out)

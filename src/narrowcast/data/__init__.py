@@ -2,6 +2,17 @@
 
 from narrowcast.data.batches import Batch, describe, iterate, repeatable
 from narrowcast.data.pairs import Pairs
+from narrowcast.data.statistics import DataStatistics, named_inputs, out_of_vocabulary
 from narrowcast.data.texts import Texts
 
-__all__ = ["Batch", "Pairs", "Texts", "describe", "iterate", "repeatable"]
+__all__ = [
+    "Batch",
+    "DataStatistics",
+    "Pairs",
+    "Texts",
+    "describe",
+    "iterate",
+    "named_inputs",
+    "out_of_vocabulary",
+    "repeatable",
+]

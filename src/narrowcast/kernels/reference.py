@@ -65,6 +65,10 @@ def quantize_rows_asymmetric(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.round(shifted) + zero_point[:, None], scale, zero_point.to(torch.int32)
 
 
+LONGEST_SUM = 1 << 16
+"""Products that one integer sum may add: 255 * 128 of each is at most 2^31 - 2^23, so int32 holds every such sum."""
+
+
 def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
     """Exact codes [M, K] times weight [N, K] transposed, as int32 [M, N]."""
     return torch.matmul(codes.double(), weight.double().t()).to(torch.int32)

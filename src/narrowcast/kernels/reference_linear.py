@@ -231,8 +231,7 @@ def _fake_lowbit(
     return x.new_empty((*x.shape[:-1], columns if is_interleaved(weight) else weight.shape[0]))
 
 
-# without vpdpbusd, int8 weights are widened from their rows as fast as from panels
-_INT8_INTERLEAVED = ("avxvnni", "avx512vnni")
+_INT8_INTERLEAVED = ("avx2", "avxvnni", "avx512vnni")
 # neoni8mm multiplies many rows by SMMLA, from pairs of rows that this layout does not have
 _LOW_BIT_INTERLEAVED = ("avx2", "avxvnni", "avx512vnni", "neondot")
 

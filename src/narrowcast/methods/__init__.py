@@ -7,13 +7,15 @@ from dataclasses import fields
 from typing import Any
 
 from narrowcast.errors import RecipeError
+from narrowcast.methods.adaround import AdaRound
+from narrowcast.methods.autoround import AutoRound
 from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
 from narrowcast.methods.gptq import Gptq
 from narrowcast.methods.hqq import Hqq
 from narrowcast.methods.native import weight_sqnr_db
 from narrowcast.methods.rtn import Rtn
 
-METHODS: dict[str, type[Any]] = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq}
+METHODS: dict[str, type[Any]] = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "adaround": AdaRound, "autoround": AutoRound}
 """Every solver by the name that recipes use: a `WeightMethod`, or a `BlockMethod` where it needs a block."""
 
 
@@ -46,6 +48,8 @@ def make_method(recipe: str | Mapping[str, Mapping[str, object]]) -> WeightMetho
 
 __all__ = [
     "METHODS",
+    "AdaRound",
+    "AutoRound",
     "Block",
     "BlockMethod",
     "Gptq",

@@ -2,6 +2,21 @@
 
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site
 from narrowcast.models.batchnorm import FoldReport, find_pairs, fold_
+from narrowcast.models.blocks import Blocks, Link, ModelBlock, find_blocks
 from narrowcast.models.torch_model import TorchModel
 
-__all__ = ["FoldReport", "Layer", "ModelAdapter", "Observation", "Sample", "Site", "TorchModel", "find_pairs", "fold_"]
+__all__ = [
+    "Blocks",
+    "FoldReport",
+    "Layer",
+    "Link",
+    "ModelAdapter",
+    "ModelBlock",
+    "Observation",
+    "Sample",
+    "Site",
+    "TorchModel",
+    "find_blocks",
+    "find_pairs",
+    "fold_",
+]

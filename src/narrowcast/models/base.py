@@ -79,6 +79,7 @@ class Observation:
     Args:
         calls: how often each module ran, by path.
         positions: how often each module's weight matrix was multiplied with one column of inputs, by path.
+        experts: [experts] how many tokens each expert of a fused mixture got, by path.
         samples: one kept input of each module, by path.
         batches: number of batches.
         notes: what the user should know of how the data was taken.
@@ -86,6 +87,7 @@ class Observation:
 
     calls: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    experts: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, Sample] = field(default_factory=dict)
     batches: int = 0
     notes: list[str] = field(default_factory=list)

@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.models.fused_experts import (
+    experts_biases,
+    experts_matrix,
+    experts_shape,
+    is_fused_experts,
+    refuse_experts,
+)
 from narrowcast.nn import (
     Activation,
     ConvShape,
+    OutlierLinear,
     QuantizedConv,
     QuantizedEmbedding,
+    QuantizedExperts,
     QuantizedLinear,
     QuantizedModule,
     QuantizedRecurrent,
@@ -42,6 +51,8 @@ class LayerKind:
         kernel_elements: module -> columns of the weight per input channel.
         flattens: whether all dimensions of the input but the last are one: tokens, in any order.
         takes_activation: whether the input can be quantized (an embedding's input is an index).
+        restore: (module, parameter, matrix) -> the matrix in the parameter's shape; differentiable.
+        share: (module, inputs) -> share of the weight that an input vector is multiplied with.
     """
 
     name: str
@@ -54,6 +65,8 @@ class LayerKind:
     kernel_elements: Callable[[Any], int] = lambda module: 1
     flattens: bool = False
     takes_activation: bool = True
+    restore: Callable[[Any, str, Tensor], Tensor] = lambda module, name, matrix: matrix
+    share: Callable[[Any, tuple[Any, ...]], float] = lambda module, args: 1.0
 
 
 def _linear_shape(module: nn.Linear) -> Shapes:
@@ -63,6 +76,10 @@ def _linear_shape(module: nn.Linear) -> Shapes:
 def _build_linear(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedLinear:
     record = records["weight"]
     bias = None if module.bias is None else module.bias.float()
+    if activation.outliers is not None:
+        matrix = module.weight if isinstance(module, nn.Linear) else module.weight.t()
+        columns = matrix.index_select(1, activation.outliers)
+        return OutlierLinear(record.spec, record.shape, activation, record=record, columns=columns, bias=bias)
     return QuantizedLinear(record.spec, record.shape, activation, record=record, bias=bias)
 
 
@@ -82,6 +99,7 @@ _TRANSPOSED_LINEAR = LayerKind(
     _build_linear,
     lambda module, spec, mode: linear_op(spec, (module.weight.shape[1], module.weight.shape[0]), mode),
     flattens=True,
+    restore=lambda module, name, matrix: matrix.t(),
 )
 
 
@@ -110,6 +128,7 @@ def _conv_kind(name: str, dimensions: int) -> LayerKind:
         refuse=_refuse_conv,
         channel_dim=-1 - dimensions,
         kernel_elements=lambda module: ConvShape.of(module).kernel[0] * ConvShape.of(module).kernel[1],
+        restore=lambda module, name, matrix: ConvShape.of(module).from_matrix(matrix).reshape(module.weight.shape),
     )
 
 
@@ -141,6 +160,27 @@ def _recurrent_kind(name: str, op: str) -> LayerKind:
     )
 
 
+def _build_experts(module: Any, records: Mapping[str, QuantizedTensor], activation: Activation) -> QuantizedExperts:
+    shape = experts_shape(module)
+    specs = {name: record.spec for name, record in records.items()}
+    return QuantizedExperts(shape, specs, activation, records=dict(records), biases=experts_biases(module, shape))
+
+
+def _experts_op(module: Any, spec: QuantSpec, mode: str) -> str | None:
+    """The op that runs both products; static ranges would be one for all experts, which none has."""
+    ops = {linear_op(spec, matrix, mode) for matrix in experts_shape(module).weights().values()}
+    return ops.pop() if len(ops) == 1 and mode != "static" else None
+
+
+_EXPERTS = LayerKind(
+    "Experts",
+    lambda module: experts_shape(module).weights(),
+    experts_matrix,
+    _build_experts,
+    _experts_op,
+    share=lambda module, args: args[1].shape[-1] / module.num_experts if len(args) > 1 else 1.0,
+)
+
 KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: _LINEAR,
     nn.Conv1d: _conv_kind("Conv1d", 1),
@@ -169,6 +209,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return _TRANSPOSED_LINEAR
+    if is_fused_experts(module):
+        return None if refuse_experts(module) else _EXPERTS
     for base, kind in KINDS.items():
         if isinstance(module, base):
             is_plain = type(module).forward is base.forward and "forward" not in module.__dict__
@@ -192,6 +234,8 @@ def why_unsupported(module: nn.Module, parameter: str) -> str:
     name = type(module).__name__
     if hasattr(module, "parametrizations"):
         return f"{name} is parametrized: its weight is computed at each call; remove the parametrization first"
+    if is_fused_experts(module) and (reason := refuse_experts(module)):
+        return reason
     if _is_only_read(module):
         return f"{name}: the attention around it multiplies with its weight without calling it"
     for base, kind in KINDS.items():

@@ -16,6 +16,7 @@ from narrowcast.errors import DataError, ModelError
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site, Watcher
 from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
 from narrowcast.models.modules import get_module, replace_everywhere_
+from narrowcast.models.patches import input_rows
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
@@ -91,7 +92,7 @@ class TorchModel(ModelAdapter):
         A linear layer without a bias is not given one: it would cost more bytes than the correction is worth.
         """
         module, kind = self._module(site.path)
-        if kind.name in ("LSTM", "GRU", "Embedding") or (kind.channel_dim == -1 and module.bias is None):
+        if kind.name in ("LSTM", "GRU", "Embedding", "Experts") or (kind.channel_dim == -1 and module.bias is None):
             return None
         return kind.channel_dim
 
@@ -99,6 +100,24 @@ class TorchModel(ModelAdapter):
         """Columns of the weight per input channel."""
         module, kind = self._module(site.path)
         return kind.kernel_elements(module)
+
+    def input_rows(self, path: str, x: Tensor) -> Tensor:
+        """The vectors that the weight matrix at `path` multiplies, of its input: [groups, vectors, columns]."""
+        return input_rows(self._module(path)[0], x)
+
+    def as_parameter(self, module: nn.Module, parameter: str, matrix: Tensor) -> Tensor:
+        """A weight matrix in the shape of the module's own parameter; the inverse of `weight`, differentiable."""
+        kind = kind_of(module)
+        assert kind is not None
+        return kind.restore(module, parameter, matrix)
+
+    def channel_dim(self, path: str) -> int:
+        """The dimension, from the end, of a module's input that holds the channels."""
+        return self._module(path)[1].channel_dim
+
+    def twin(self) -> nn.Module:
+        """The working model as it is now, with modules of its own that share the tensors: it stays as it is."""
+        return _structural_copy(self.model)
 
     def _module(self, path: str) -> tuple[nn.Module, LayerKind]:
         module = get_module(self.model, path)
@@ -179,6 +198,10 @@ class _Hook:
         self.seen.calls[self.path] = self.seen.calls.get(self.path, 0) + 1
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+        if self.kind.name == "Experts" and len(args) > 1:
+            experts = int(module.num_experts)  # type: ignore[arg-type]
+            counts = torch.bincount(args[1].reshape(-1).cpu(), minlength=experts)[:experts]
+            self.seen.experts[self.path] = self.seen.experts.get(self.path, 0) + counts
         kept = self.seen.samples.get(self.path)
         self.seen.samples[self.path] = _extend_sample(kept, args, kwargs, flatten=self.kind.flattens)
         for watcher in self.watchers:
@@ -191,7 +214,7 @@ class _Hook:
         y = output[0] if isinstance(output, tuple) else output
         y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
         if self.kind.takes_activation:
-            positions = y.numel() // max(y.shape[self.kind.channel_dim], 1)
+            positions = round(y.numel() // max(y.shape[self.kind.channel_dim], 1) * self.kind.share(module, args))
             self.seen.positions[self.path] = self.seen.positions.get(self.path, 0) + positions
 
 

@@ -5,17 +5,21 @@ from narrowcast.nn.attention import MultiheadAttention
 from narrowcast.nn.base import InstalledModule, QuantizedModule, StoredWeight
 from narrowcast.nn.conv import ConvShape, QuantizedConv
 from narrowcast.nn.embedding import QuantizedEmbedding
+from narrowcast.nn.experts import ExpertsShape, QuantizedExperts
 from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
+from narrowcast.nn.outliers import OutlierLinear, outlier_bits
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
 
 MODULES: dict[str, type[InstalledModule]] = {
     module.kind: module
     for module in (
         QuantizedLinear,
+        OutlierLinear,
         QuantizedConv,
         QuantizedEmbedding,
         QuantizedRecurrent,
+        QuantizedExperts,
         MultiheadAttention,
         FoldedBatchNorm,
         FusedActivation,
@@ -28,12 +32,15 @@ __all__ = [
     "MODULES",
     "Activation",
     "ConvShape",
+    "ExpertsShape",
     "FoldedBatchNorm",
     "FusedActivation",
     "InstalledModule",
     "MultiheadAttention",
+    "OutlierLinear",
     "QuantizedConv",
     "QuantizedEmbedding",
+    "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizedRecurrent",
@@ -43,4 +50,5 @@ __all__ = [
     "activation_spec",
     "is_int8_per_channel",
     "linear_op",
+    "outlier_bits",
 ]

@@ -21,11 +21,13 @@ class Activation:
         scale: [1] or [channels] float32, input units per code of a static range; None for any other mode. With one
             scale per channel the weight that goes with it holds `weight * scale / max(scale)`.
         zero_point: [1] or [channels] uint8, the codes of 0.0 of a static range.
+        outliers: [outliers] int64, channels of a linear layer's input that stay float; None quantizes all.
     """
 
     spec: QuantSpec | None = None
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    outliers: Tensor | None = None
 
     @property
     def mode(self) -> str:

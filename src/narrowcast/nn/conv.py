@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from narrowcast.core import QuantizedTensor, QuantSpec, pack
-from narrowcast.errors import DataError
+from narrowcast.errors import DataError, FormatError
 from narrowcast.kernels import kernel_name
+from narrowcast.kernels.reference import LONGEST_SUM
 from narrowcast.kernels.reference_conv import conv_plan
 from narrowcast.nn.activation import FLOAT, Activation
 from narrowcast.nn.base import QuantizedModule
@@ -153,6 +154,11 @@ class QuantizedConv(QuantizedModule):
             bias = torch.empty(shape.out_channels, device="meta")
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.is_integer = activation.mode in ("dynamic", "static") and is_int8_per_channel(spec)
+        if self.is_integer and shape.matrix[1] > LONGEST_SUM:
+            raise FormatError(
+                f"convolution: sums of {shape.matrix[1]} products can overflow 32 bits, {LONGEST_SUM} cannot; leave "
+                "its input in float"
+            )
         self._planned: tuple[Any, list[int]] | None = None
         if record is not None:
             self.prepare_()

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 CALLS_BEFORE = 2
 """The call of a layer that interleaves its weight first."""
 
+CALLS_BETWEEN = 100
+"""Calls before the next try where something else held the codes: another module, or another thread for a moment."""
+
 _MOST_PADDING = 1.25
 
 
@@ -47,20 +50,25 @@ def calls_before(module: QuantizedLinear, op: str | None) -> int:
     return CALLS_BEFORE if padded <= _MOST_PADDING * rows * columns else 0
 
 
-def interleave_(module: QuantizedLinear, op: str) -> None:
+def interleave_(module: QuantizedLinear, op: str) -> bool:
     """Interleave the weight of a layer, unless something else holds its codes: there would be two copies then.
 
     Args:
         module: a layer whose `calls_before` is not 0.
         op: the integer op that it runs.
+
+    Returns:
+        False where the codes are held elsewhere; True where there is nothing left to do.
     """
     buffers = dict(module._buffers)
     codes = buffers["weight_codes"]
     # references of an unshared tensor: both dictionaries, the variable, the argument of getrefcount, and once more in
     # both dictionaries where the kernel reads the stored codes themselves
     own = 4 + (2 if buffers.get("kernel_codes") is codes else 0)
-    if codes is None or codes.device.type != "cpu" or sys.getrefcount(codes) > own:
-        return
+    if codes is None or is_interleaved(codes) or codes.device.type != "cpu":
+        return True
+    if sys.getrefcount(codes) > own:
+        return False
     if op == "linear_lowbit_dynamic":
         bits = module.stored("weight").spec.format.bits
         buffers["weight_codes"] = interleave(_fields(codes, bits, module.in_features), bits)
@@ -73,6 +81,7 @@ def interleave_(module: QuantizedLinear, op: str) -> None:
         assert kernel_codes is not None
         buffers["kernel_codes"], buffers["weight_codes"] = interleave(kernel_codes, 8), None
     module.__dict__["_buffers"] = buffers  # all at once: another thread may be in forward
+    return True
 
 
 def _fields(codes: Tensor, bits: int, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference_linear import FUSED, LOW_BIT_FORMATS, input_group_of
 from narrowcast.nn.activation import FLOAT, INTEGER_MODES, Activation
 from narrowcast.nn.base import QuantizedModule
-from narrowcast.nn.interleaved import calls_before, interleave_, restore_
+from narrowcast.nn.interleaved import CALLS_BETWEEN, calls_before, interleave_, restore_
 from narrowcast.nn.weight_only import weight_only_kernel, weight_only_linear
 
 _INT8_DYNAMIC = torch.ops.narrowcast.linear_int8_dynamic.default
@@ -180,9 +180,9 @@ class QuantizedLinear(QuantizedModule):
         return FUSED[self.fused](self._float_forward(x)) if y is None else y
 
     def _count_call(self) -> None:
-        self._calls_left -= 1
-        if self._calls_left == 0 and self._op is not None:
-            interleave_(self, self._op)
+        self._calls_left = max(self._calls_left - 1, 0)
+        if self._calls_left == 0 and self._op is not None and not interleave_(self, self._op):
+            self._calls_left = CALLS_BETWEEN
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self.activation.mode == "cast":

@@ -10,6 +10,7 @@ from narrowcast.observers.base import Observer
 from narrowcast.observers.channel_magnitude import ChannelMagnitude
 from narrowcast.observers.channel_range import ChannelRange
 from narrowcast.observers.entropy import Entropy
+from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.observers.hessian import Hessian
 from narrowcast.observers.minmax import MinMax
 from narrowcast.observers.moving_average import MovingAverage
@@ -62,6 +63,7 @@ __all__ = [
     "ChannelMagnitude",
     "ChannelRange",
     "Entropy",
+    "GroupedHessian",
     "Hessian",
     "MinMax",
     "MovingAverage",

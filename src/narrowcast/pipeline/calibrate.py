@@ -18,8 +18,24 @@ from narrowcast.methods import Seen
 from narrowcast.models import Layer, Observation, TorchModel
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
+from narrowcast.pipeline.outliers import choose_outliers, describe_outliers
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.transforms import channel_scales, with_headroom
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a block's own pass saw at the input of one module, for solvers that want more than magnitudes.
+
+    Args:
+        samples: input vectors seen.
+        hessian: [groups, columns, columns] float32, the mean of x x^T; None when not asked for.
+        inputs: [vectors, columns] some of the vectors; None when not asked for, and for grouped convolutions.
+    """
+
+    samples: int
+    hessian: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass
@@ -31,12 +47,14 @@ class Calibration:
         ranges: range observer of each module with one static range, by path.
         channel_ranges: range observer of each module with a static range per input channel, by path.
         magnitudes: channel magnitudes at the input of each module, by path.
+        evidence: what the pass through a block saw, by path; only while the block is worked on.
     """
 
     observation: Observation = field(default_factory=Observation)
     ranges: dict[str, Observer] = field(default_factory=dict)
     channel_ranges: dict[str, ChannelRange] = field(default_factory=dict)
     magnitudes: dict[str, ChannelMagnitude] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
 
     def ran(self, path: str) -> bool:
         """Whether the module ran at all."""
@@ -86,7 +104,7 @@ def calibrate(adapter: TorchModel, plan: Plan, data: Any) -> Calibration:
             if path in watchers:
                 continue
             result.magnitudes[path] = ChannelMagnitude()
-            watchers[path] = [_thinned(result.magnitudes[path].update)]
+            watchers[path] = [thinned(result.magnitudes[path].update)]
             if row.input is not None and row.input.observer:
                 observer: Observer | ChannelRange
                 if per_channel(row):
@@ -108,7 +126,7 @@ def per_channel(row: LayerPlan) -> bool:
     return len(row.layer.sites) == 1
 
 
-def _thinned(update: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+def thinned(update: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """The same watcher on about 256 positions of every image: neighbouring pixels tell the same of a channel's size."""
 
     def watch(x: Tensor) -> None:
@@ -126,11 +144,16 @@ def _consumers(adapter: TorchModel, row: LayerPlan) -> list[str]:
     return [site.path for site in row.layer.sites if adapter.takes_activation(site)]
 
 
+# Modules with several weights, some of which multiply what cannot be seen from outside.
+PARTLY_SEEN = ("LSTM", "GRU", "Experts")
+
+
 def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tuple[Seen | None, str]:
     """What calibration knows of the columns of a weight, and how to say it in the report.
 
-    The weights of a recurrent layer that multiply hidden states, and a depthwise convolution's, have no importance:
-    the first cannot be seen from outside, the second multiply one channel each, so nothing distinguishes them.
+    The weights of a recurrent layer that multiply hidden states, those of experts that multiply inner values, and a
+    depthwise convolution's, have no importance: the first two cannot be seen from outside, the last multiply one
+    channel each, so nothing distinguishes them.
     """
     importances = []
     samples = 0
@@ -142,7 +165,7 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
         if adapter.input_groups(site) > 1:
             continue
         spread = mean_square.repeat_interleave(adapter.kernel_elements(site))
-        if spread.numel() != layer.shape[1] or (layer.type in ("LSTM", "GRU") and not _sees_input(site.parameter)):
+        if spread.numel() != layer.shape[1] or (layer.type in PARTLY_SEEN and not sees_input(site.parameter)):
             continue
         importances.append(spread)
         samples += 1
@@ -151,8 +174,9 @@ def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tupl
     return Seen(importance=torch.stack(importances).mean(0), samples=samples), "error weighted by input magnitude"
 
 
-def _sees_input(parameter: str) -> bool:
-    return parameter.startswith("weight_ih_l0")
+def sees_input(parameter: str) -> bool:
+    """Whether a matrix of a layer with several multiplies the input of the whole layer."""
+    return parameter.startswith("weight_ih_l0") or parameter in ("gate_up_proj", "up_proj")
 
 
 def activations_of(
@@ -164,8 +188,11 @@ def activations_of(
     """
     if row.input is None:
         return [(Activation(), "float")]
+    if row.input.outliers and calibration.ran(path):
+        outliers = choose_outliers(row.input, calibration.magnitudes[path])
+        return [(Activation(row.input.spec, outliers=outliers), f"{row.input}: {describe_outliers(outliers)}")]
     if not row.input.observer:
-        return [(Activation(row.input.spec), str(row.input))]
+        return [(Activation(row.input.spec), str(row.input.spec))]
     if not calibration.ran(path):
         return [(Activation(QuantSpec.parse("int8/token")), "int8/token")]
     if path in calibration.channel_ranges:

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,26 @@ import torch
 from torch import nn
 
 from narrowcast.core import sqnr_db
-from narrowcast.errors import ContractError, DataError, ModelError
+from narrowcast.errors import ContractError, DataError, ModelError, RecipeError
 from narrowcast.export.checkpoint_tensors import source_hash
 from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
+from narrowcast.pipeline.doctor import Doctor, refuse_severe, sort_findings, unseen
 from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls, slower_than_float
+from narrowcast.pipeline.resume import Journal, fingerprint
+from narrowcast.pipeline.sequential import solve_in_blocks, wants_blocks
 from narrowcast.pipeline.shared_ranges import SharedRanges
-from narrowcast.pipeline.solve import check_finite, solve
-from narrowcast.planning import LayerPlan, Plan, make_plan
+from narrowcast.pipeline.solve import Job, solve
+from narrowcast.pipeline.solve_weight import check_finite, needs_of
+from narrowcast.pipeline.streams import Recording, recorded
+from narrowcast.pipeline.transform import transform
+from narrowcast.planning import LayerPlan, Plan, make_plan, untie_for
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
-from narrowcast.report import LayerOutcome, Report, Totals
+from narrowcast.report import Finding, LayerOutcome, Report, Totals
 
 # Float32 rounding of a network of this depth; a fold that changes more than this has changed the function.
 _SAME_FUNCTION_DB = 60.0
@@ -59,6 +66,7 @@ def quantize(
     min_coverage: float = 0.0,
     inplace: bool = False,
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> Quantized:
     """Make a model small, and fast where its recipe computes in integers.
 
@@ -68,65 +76,116 @@ def quantize(
         data: calibration data: a DataLoader, an iterable of tensors, tuples or dicts, texts, or a callable that runs
             the model. Needed for static ranges; with it, weights are rounded with the inputs in mind, and the report
             has errors and speeds.
-        strict: raise where a layer that the recipe wants quantized is not, or not as the recipe says.
+        strict: raise where a layer that the recipe wants quantized is not, or not as the recipe says, and where the
+            data cannot be trusted (a severe finding of the calibration doctor).
         min_coverage: smallest share (0 to 1) of the weights of supported layers that must end up quantized.
         inplace: change `model` itself, and save the memory of a second set of weights.
         progress: show progress on standard error.
+        resume: a directory in which every finished block is written down; a run that was interrupted goes on from
+            there with the same result. Of use where the recipe's methods work block after block.
 
     Returns:
         The quantized model in evaluation mode, with its report.
 
     Raises:
         RecipeError, ModelError, DataError, FormatError: bad input; the message says what, where and the remedy.
+        CheckpointError: `resume` holds the blocks of another model, recipe or data, or cannot be written.
         ContractError: `strict` or `min_coverage` is not met; the message lists the layers.
     """
     started = time.perf_counter()
     if not 0.0 <= min_coverage <= 1.0:
         raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
     loaded = load_recipe(recipe)
-    adapter = TorchModel(model, inplace=inplace)
+    adapter = _opened(model, loaded, inplace=inplace)
     batches = rewindable(data)
     before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
-    _check_has_values(adapter)
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds)
     _check_has_data(plan, data)
+    _check_resume(plan, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
     _check_weights(adapter, plan)
+    doctor = None if probe is None else Doctor.of(adapter, plan, probe)
+    if doctor is not None:
+        batches = doctor.read(data, batches, strict=strict)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
-    calibration = Calibration()
-    if data is not None:
-        with progress_steps("calibrating", 1, enabled=progress) as step:
-            calibration = calibrate(adapter, plan, batches)
-            step("")
-        notes += calibration.observation.notes
-    outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, progress=progress)
-    notes += more
+    transformed = transform(adapter, plan, batches, probe)
+    notes += transformed.notes
+    calibration, recording, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
+    notes += calibration.observation.notes
+    journal = _journal(resume, plan, source, calibration, recording)
+    outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
     verdict = _judge_model(adapter, probe, inplace=inplace)
-    totals = _totals(plan, outcomes, verdict, probe)
     totals = replace(
-        totals, parameters=before[0], bytes_before=before[1], bytes_after=stored_bytes(adapter.model),
-        seconds=time.perf_counter() - started,
+        _totals(plan, outcomes, verdict, probe), parameters=before[0], bytes_before=before[1],
+        bytes_after=stored_bytes(adapter.model), seconds=time.perf_counter() - started,
     )  # fmt: skip
-    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes)
+    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes + more, transformed.changes, findings)
     if strict:
         _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded, source)
 
 
+def _calibrate(
+    adapter: TorchModel, plan: Plan, batches: Any, doctor: Doctor | None, *, strict: bool, progress: bool
+) -> tuple[Calibration, Recording, list[Finding]]:
+    """What one pass over the data shows, the calls of the model in it where blocks will want them, and findings."""
+    if doctor is None:
+        return Calibration(), Recording(), []
+    with progress_steps("calibrating", 1, enabled=progress) as step:
+        with recorded(adapter.model, batches) if wants_blocks(plan) else nullcontext(Recording()) as recording:
+            calibration = calibrate(adapter, plan, batches)
+        step("")
+    findings = sort_findings(doctor.findings() + unseen(adapter, plan, calibration))
+    if strict:
+        refuse_severe(findings)
+    return calibration, recording, findings
+
+
+def _journal(
+    resume: str | Path | None, plan: Plan, source: str, calibration: Calibration, recording: Recording
+) -> Journal | None:
+    if resume is None:
+        return None
+    return Journal(resume, fingerprint(plan.recipe, source, recording.calls, calibration))
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """How weights are solved: all from one pass where there is no recording, else block after block."""
+
+    recording: Recording
+    journal: Journal | None
+    progress: bool
+
+    def run(self, job: Job) -> tuple[list[LayerOutcome], list[str]]:
+        """Quantize and install every module; returns outcomes and notes."""
+        if not wants_blocks(job.plan) or not self.recording.calls:
+            return solve(job, progress=self.progress), []
+        return solve_in_blocks(job, self.recording, journal=self.journal, progress=self.progress)
+
+
 def _solve_and_fuse(
-    adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, *, progress: bool
+    adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, solver: _Solver
 ) -> tuple[list[LayerOutcome], list[str]]:
     """Quantize and install every module, then let chains of them run together; returns outcomes and notes."""
     flows = trace(adapter, plan, probe)
     shared = SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan))
-    outcomes = solve(adapter, plan, calibration, shared, progress=progress)
+    outcomes, notes = solver.run(Job(adapter, plan, calibration, shared))
     adapter.detach_()
-    notes = _settle_layout(adapter, probe)
+    notes += _settle_layout(adapter, probe)
     outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
     return outcomes, notes + fusion_notes + slower_than_float(outcomes)
+
+
+def _opened(model: nn.Module, recipe: Recipe, *, inplace: bool) -> TorchModel:
+    """The adapter, its heads untied where the recipe's transforms ask for it; raises where weights have no values."""
+    adapter = TorchModel(model, inplace=inplace)
+    untie_for(adapter, recipe)
+    _check_has_values(adapter)
+    return adapter
 
 
 def _check_has_values(adapter: TorchModel) -> None:
@@ -151,6 +210,33 @@ def _check_has_data(plan: Plan, data: Any) -> None:
         raise DataError(
             f"recipe {plan.recipe.name!r} fixes the input ranges of {len(static)} layers ({static[0]!r}, ...) from "
             "calibration data, and there is none; pass data=..., or use 'dynamic-int8', which needs none"
+        )
+    needing = [row for row in plan.layers if needs_of(row)]
+    if needing and data is None:
+        row = needing[0]
+        raise DataError(
+            f"recipe {plan.recipe.name!r} solves {len(needing)} weights ({row.layer.name!r}, ...) by "
+            f"{next(iter(row.method))!r}, which needs calibration data, and there is none; pass data=..., or use "
+            "method 'rtn' or another that needs none"
+        )
+    if plan.recipe.sequential is True and data is None:
+        raise DataError(
+            f"recipe {plan.recipe.name!r} is sequential = true, which sends calibration data through the blocks, and "
+            "there is none; pass data=..., or leave sequential at 'auto'"
+        )
+    outliers = [row.layer.name for row in plan.layers if row.input is not None and row.input.outliers]
+    if outliers and data is None:
+        raise DataError(
+            f"recipe {plan.recipe.name!r} keeps outlier channels of {len(outliers)} layers ({outliers[0]!r}, ...), "
+            "which calibration data names, and there is none; pass data=..., or leave out 'outliers:...'"
+        )
+
+
+def _check_resume(plan: Plan, resume: str | Path | None) -> None:
+    if resume is not None and not wants_blocks(plan):
+        raise RecipeError(
+            f"recipe {plan.recipe.name!r} solves all layers from one pass over the data, so there are no finished "
+            "blocks to resume from; leave resume out, or set sequential = true"
         )
 
 
@@ -247,7 +333,8 @@ def _is_matrix(row: LayerPlan) -> bool:
 def _check_plan(plan: Plan, *, strict: bool, min_coverage: float) -> None:
     """Raise what can be known before any work is done: weights that cannot be quantized, and the coverage."""
     if strict:
-        _refuse([f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused])
+        short = [f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused]
+        _refuse(short + [f"{row.layer.name}: falls back: {row.fallback}" for row in plan.layers if row.fallback])
     coverage = _coverage(plan)
     if coverage < min_coverage:
         kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]

@@ -1,111 +1,155 @@
-"""Solving and installing: module by module, each judged on a sample of its input as it is replaced."""
+"""Installing: module by module, each judged on a sample of its input as it is replaced."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, all_finite
-from narrowcast.errors import DataError, FormatError, ModelError
-from narrowcast.methods import WeightMethod, make_method, weight_sqnr_db
+from narrowcast.methods import Rtn
 from narrowcast.models import Layer, TorchModel
 from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
-from narrowcast.pipeline.calibrate import Calibration, activations_of, seen_by
+from narrowcast.pipeline.calibrate import Calibration, activations_of
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_module
 from narrowcast.pipeline.shared_ranges import SharedRanges
+from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
-from narrowcast.transforms import ChannelError, fold_input_scales
+from narrowcast.transforms import ChannelError
+
+Treatment = tuple[Activation, str]
+"""What happens to a module's input, and how the report says it."""
 
 
 @dataclass(frozen=True)
-class _Solved:
-    """One solved weight: the record, its SQNR, how it was solved, and the time it took."""
-
-    record: QuantizedTensor
-    sqnr_db: float
-    method: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Built:
-    """One module that could be installed, with its input's treatment in words and its error on the sample."""
+class Built:
+    """One module that could be installed, with its input's treatment and its error on the sample."""
 
     module: QuantizedModule
-    solved: dict[str, _Solved]
-    input: str
+    solved: dict[str, SolvedWeight]
+    treatment: Treatment
     error: float
     corrected: bool
 
 
 @dataclass
-class _Progress:
-    """What has been done so far."""
+class Job:
+    """The model, what is to become of it, what is known, and what has been done so far.
 
-    solved: dict[str, _Solved] = field(default_factory=dict)
-    modules: dict[str, tuple[_Built, Verdict]] = field(default_factory=dict)
+    Args:
+        adapter: with the float modules that are not yet replaced.
+        plan: what is to become of every weight.
+        calibration: what the data said.
+        shared: images that several convolutions read.
+        solved: by name of the weight.
+        modules: what was installed, by path.
+    """
+
+    adapter: TorchModel
+    plan: Plan
+    calibration: Calibration
+    shared: SharedRanges
+    solved: dict[str, SolvedWeight] = field(default_factory=dict)
+    modules: dict[str, tuple[Built, Verdict]] = field(default_factory=dict)
+
+    def units(self) -> dict[str, list[LayerPlan]]:
+        """The planned weights of every module that is to be replaced, by its path."""
+        units: dict[str, list[LayerPlan]] = {}
+        for row in self.plan.layers:
+            if row.weight is not None:
+                for site in row.layer.sites:
+                    units.setdefault(site.path, []).append(row)
+        return units
+
+    def outcomes(self) -> list[LayerOutcome]:
+        """One outcome per weight of the plan."""
+        return [_outcome(self, row) for row in self.plan.layers]
 
 
-def solve(
-    adapter: TorchModel, plan: Plan, calibration: Calibration, shared: SharedRanges, *, progress: bool
-) -> list[LayerOutcome]:
+def solve(job: Job, *, progress: bool) -> list[LayerOutcome]:
     """Quantize every planned weight and install the modules; returns one outcome per weight of the plan."""
-    units: dict[str, list[LayerPlan]] = {}
-    for row in plan.layers:
-        if row.weight is not None:
-            for site in row.layer.sites:
-                units.setdefault(site.path, []).append(row)
-    done = _Progress()
+    units = job.units()
     with progress_steps("quantizing", len(units), enabled=progress) as step:
         for path, rows in units.items():
-            _solve_module(adapter, plan, path, rows, (calibration, shared), done)
+            install_(job, path, rows)
             step(path)
-    return [_outcome(row, done, calibration) for row in plan.layers]
+    return job.outcomes()
 
 
-def _solve_module(
-    adapter: TorchModel, plan: Plan, path: str, rows: list[LayerPlan], known: tuple[Calibration, SharedRanges],
-    done: _Progress,
-) -> None:  # fmt: skip
-    """Build the module for every treatment of its input that is worth trying, and install the best."""
-    calibration, shared = known
-    float_module: nn.Module = get_module(adapter.model, path)
+def treatments_of(job: Job, path: str, rows: list[LayerPlan]) -> list[Treatment]:
+    """The treatments of a module's input that are worth trying, best guess first."""
     site = next(site for site in rows[0].layer.sites if site.path == path)
-    row = rows[0] if adapter.takes_activation(site) else replace(rows[0], input=None)
-    sample = calibration.observation.samples.pop(path, None)
-    expected: Tensor | None = None
-    if sample is not None:
-        with torch.no_grad():
-            expected = first_tensor(float_module(*sample.args, **sample.kwargs))
-    best: _Built | None = None
-    for activation, text in shared.adapt(path, activations_of(adapter, row, path, calibration)):
-        solved = {
-            r.layer.name: done.solved.get(r.layer.name) or _solve(adapter, r, calibration, activation) for r in rows
-        }
-        records = {s.parameter: solved[r.layer.name].record for r in rows for s in r.layer.sites if s.path == path}
-        module = adapter.build(path, records, activation)
-        channel_dim = adapter.output_channel_dim(site) if plan.recipe.correct_bias else None
-        error, corrected = 0.0, False
-        if expected is not None and sample is not None:
-            with torch.no_grad():
-                got = first_tensor(module(*sample.args, **sample.kwargs))
-                assert got is not None
-                error, corrected = _correct_bias_(module, expected, got, channel_dim)
-        built = _Built(module, {n: s for n, s in solved.items() if s}, text, error, corrected)
-        best = built if best is None or built.error < best.error else best
-    assert best is not None
-    if path in shared.origins:
-        shared.choose(path, best.module.input_ranges())
-    adapter.install(path, best.module)
-    done.solved |= best.solved
-    done.modules[path] = (best, judge_module(float_module, best.module, sample))
+    row = rows[0] if job.adapter.takes_activation(site) else replace(rows[0], input=None)
+    return job.shared.adapt(path, activations_of(job.adapter, row, path, job.calibration))
+
+
+def choose_treatment(job: Job, path: str, rows: list[LayerPlan]) -> Treatment:
+    """The treatment of a module's input with the least error when its weights are rounded to nearest."""
+    treatments = treatments_of(job, path, rows)
+    if len(treatments) == 1:
+        return treatments[0]
+    expected = _expected(job, path)
+    tried = [_build(job, path, rows, treatment, expected, rtn=True) for treatment in treatments]
+    return min(tried, key=lambda built: built.error).treatment
+
+
+def install_(job: Job, path: str, rows: list[LayerPlan], treatment: Treatment | None = None) -> None:
+    """Build the module for every treatment of its input that is worth trying, and install the best.
+
+    Args:
+        job: changed: its model, its solved weights and modules. Weights that are solved already are taken as they are.
+        path: of the module.
+        rows: its planned weights.
+        treatment: the only one to take; None tries.
+    """
+    if treatment is None and any(needs_of(row) for row in rows if row.layer.name not in job.solved):
+        treatment = choose_treatment(job, path, rows)  # slow solvers run once
+    tried = [treatment] if treatment is not None else treatments_of(job, path, rows)
+    expected = _expected(job, path)
+    best = min((_build(job, path, rows, entry, expected) for entry in tried), key=lambda built: built.error)
+    if path in job.shared.origins:
+        job.shared.choose(path, best.module.input_ranges())
+    float_module = get_module(job.adapter.model, path)
+    job.adapter.install(path, best.module)
+    job.solved |= best.solved
+    sample = job.calibration.observation.samples.pop(path, None)
+    job.modules[path] = (best, judge_module(float_module, best.module, sample))
+
+
+def _expected(job: Job, path: str) -> Tensor | None:
+    """What the float module gives for the sample that calibration kept."""
+    sample = job.calibration.observation.samples.get(path)
+    if sample is None:
+        return None
+    with torch.no_grad():
+        return first_tensor(get_module(job.adapter.model, path)(*sample.args, **sample.kwargs))
+
+
+def _build(
+    job: Job, path: str, rows: list[LayerPlan], treatment: Treatment, expected: Tensor | None, *, rtn: bool = False
+) -> Built:
+    adapter, calibration = job.adapter, job.calibration
+    known, method = ({}, Rtn()) if rtn else (job.solved, None)
+    solved = {
+        row.layer.name: known.get(row.layer.name) or solve_weight(adapter, row, calibration, treatment[0], method)
+        for row in rows
+    }
+    records = {s.parameter: solved[r.layer.name].record for r in rows for s in r.layer.sites if s.path == path}
+    module = adapter.build(path, records, treatment[0])
+    sample = calibration.observation.samples.get(path)
+    if sample is None or expected is None:
+        return Built(module, solved, treatment, 0.0, False)
+    site = next(site for site in rows[0].layer.sites if site.path == path)
+    channel_dim = adapter.output_channel_dim(site) if job.plan.recipe.correct_bias else None
+    with torch.no_grad():
+        got = first_tensor(module(*sample.args, **sample.kwargs))
+        assert got is not None
+        error, corrected = _correct_bias_(module, expected, got, channel_dim)
+    return Built(module, solved, treatment, error, corrected)
 
 
 def _correct_bias_(module: Any, expected: Tensor, got: Tensor, channel_dim: int | None) -> tuple[float, bool]:
@@ -117,75 +161,43 @@ def _correct_bias_(module: Any, expected: Tensor, got: Tensor, channel_dim: int 
     return error.total(correction), correction is not None
 
 
-def _solve(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> _Solved:
-    assert row.weight is not None
-    started = time.perf_counter()
-    weight = adapter.weight(row.layer)
-    check_finite(row.layer, weight)
-    seen, basis = seen_by(adapter, row.layer, calibration)
-    ratio = activation.ratio()
-    if ratio is not None and activation.scale is not None:
-        weight = fold_input_scales(weight, activation.scale, adapter.input_groups(row.layer.sites[0]))
-    if seen is not None and seen.importance is not None:
-        seen = replace(seen, importance=_damped(seen.importance, ratio))
-    method = cast(WeightMethod, make_method(row.method))
-    try:
-        record = method.quantize(weight, row.weight, seen)
-    except (FormatError, ModelError, DataError) as error:
-        raise type(error)(f"layer {row.layer.name!r}: {error}") from None
-    text = f"{next(iter(row.method))}, {basis}" if row.weight.format.scaled else "cast"
-    return _Solved(record, weight_sqnr_db(weight, record), text, time.perf_counter() - started)
-
-
-def _damped(mean_square: Tensor, ratio: Tensor | None) -> Tensor:
-    """Importance of each column from its input's mean square: half the relative magnitude, half the same for all.
-
-    The mean square itself is right for the error of this layer's output but overfits what calibration saw: with it a
-    small language model at int4 is worse on held-out text (perplexity ratio 1.071) than without data (1.069); damped
-    it is better (1.067).
-    """
-    if ratio is not None:
-        mean_square = mean_square / ratio.repeat_interleave(mean_square.numel() // ratio.numel()).square()
-    magnitude = mean_square.sqrt()
-    return magnitude + magnitude.mean()
-
-
-def check_finite(layer: Layer, weight: Tensor) -> None:
-    """Raise ModelError where a weight is NaN or infinite, naming layer and position."""
-    if all_finite(weight):
-        return
-    finite = torch.isfinite(weight)
-    row, column = (int(i) for i in (~finite).nonzero()[0])
-    raise ModelError(
-        f"layer {layer.name!r}: weight [{row}, {column}] is {float(weight[row, column])}, and {int((~finite).sum())} "
-        f"of {weight.numel()} weights are not finite; repair the checkpoint, or keep this layer by a rule"
-    )
-
-
-def _outcome(row: LayerPlan, done: _Progress, calibration: Calibration) -> LayerOutcome:
-    layer = row.layer
+def _outcome(job: Job, row: LayerPlan) -> LayerOutcome:
+    layer, calibration = row.layer, job.calibration
     base = LayerOutcome(
         layer.name, layer.type, "kept", row.reason, parameters=layer.parameters, bits_per_weight=row.bits_per_weight,
         bytes_before=layer.bytes, bytes_after=row.bytes_after, macs=_macs(layer, calibration),
     )  # fmt: skip
     if row.weight is None:
         return replace(base, outcome="folded") if row.reason.startswith("folded into") else base
-    # of tied weights the consumer that multiplies speaks for all
-    path = next((s.path for s in layer.sites if s.type != "Embedding"), layer.sites[0].path)
-    built, verdict = done.modules[path]
-    solved = done.solved[layer.name]
-    fallen = _fallen_back(row, path, calibration)
+    path = speaker(layer)
+    built, verdict = job.modules[path]
+    solved = job.solved[layer.name]
+    fallen = "; ".join(part for part in (_fallen_back(row, path, calibration), _other_method(row, solved)) if part)
     reasons = [part for part in (row.reason, fallen or _never_ran(layer, calibration)) if part]
     return replace(
         base, outcome="fell back" if fallen else "quantized", reason="; ".join(reasons), spec=str(row.weight),
-        input=built.input, method=solved.method + (", bias corrected" if built.corrected else ""),
+        input=built.treatment[1], method=solved.method + (", bias corrected" if built.corrected else ""),
         weight_sqnr_db=solved.sqnr_db, output_sqnr_db=verdict.sqnr_db, kernel=built.module.kernel,
         seconds=solved.seconds, float_ms=verdict.float_ms, quantized_ms=verdict.quantized_ms,
+        errors=list(solved.errors), notes=list(solved.notes),
     )  # fmt: skip
+
+
+def speaker(layer: Layer) -> str:
+    """Path of the use that speaks for a weight: of tied ones the consumer that multiplies."""
+    return next((s.path for s in layer.sites if s.type != "Embedding"), layer.sites[0].path)
+
+
+def _other_method(row: LayerPlan, solved: SolvedWeight) -> str:
+    return f"{solved.fallback}: rtn instead of {next(iter(row.method))}" if solved.fallback else ""
 
 
 def _fallen_back(row: LayerPlan, path: str, calibration: Calibration) -> str:
     """Why a layer is not what the recipe says; "" when it is."""
+    if row.fallback:
+        return row.fallback
+    if row.input is not None and row.input.outliers and not calibration.ran(path):
+        return "it never ran in calibration, so its outlier channels are not known; all of them are quantized"
     if row.input is None or not row.input.observer:
         return ""
     if not calibration.ran(path):

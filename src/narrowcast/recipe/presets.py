@@ -12,6 +12,7 @@ Why they are as they are:
 - Static inputs have one range per channel, unclipped: on MobileNetV1 that gives 32 dB at the output, one range for all
   channels 29 dB, and ranges clipped for the least square error 19 dB.
 - A tied head has one static range: a weight that is also looked up cannot take in the scales of an input.
+- Fused experts find their ranges at run time in `static-int8`, too: each expert's inputs are others.
 - Recurrent layers find their ranges at run time also in `static-int8`: the hidden state is not visible from outside.
 """
 
@@ -66,6 +67,7 @@ PRESETS: dict[str, Recipe] = {
             _EMBEDDING,
             _rule(_INT8, _STATIC_TENSOR, role="tied"),
             *(_rule(_INT8, _DYNAMIC, type=kind) for kind in _RECURRENT),
+            _rule(_INT8, _DYNAMIC_ASYMMETRIC, type="Experts"),
             _rule(_INT8, _STATIC),
         ),
         _preset("fp16", _rule("fp16")),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from narrowcast.core import PerChannel, PerToken, QuantSpec
 from narrowcast.errors import FormatError, RecipeError
@@ -14,10 +15,12 @@ from narrowcast.methods import make_method
 from narrowcast.models import Layer
 from narrowcast.nn import activation_spec
 from narrowcast.observers import make_observer
+from narrowcast.transforms import make_transform
 
 DEFAULT_OBSERVER = "minmax"
+_FEWEST_OUTLIERS, _MOST_OUTLIERS = 0.001, 25.0
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "transforms")
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,27 @@ class InputRule:
     Args:
         spec: "int8/token" (found at run time), "uint8/tensor" (static), "bf16" or "fp16" (a cast).
         observer: what fixes a static range, e.g. "percentile(99.99)"; "" where the range is not static.
+        outliers: percentage of a linear layer's input channels, the largest in calibration, that stay float.
     """
 
     spec: QuantSpec
     observer: str = ""
+    outliers: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> InputRule:
-        """The input rule written as `text`: "int8/token" or "uint8/tensor static:percentile(99.99)".
+        """The input rule written as `text`: "int8/token", "uint8/tensor static:percentile(99.99)" or
+        "int8/token outliers:top(0.5%)".
 
         Raises:
             FormatError: no kernel takes such inputs, or the text has parts that mean nothing.
             RecipeError: the observer is not known.
         """
-        match = re.fullmatch(r"\s*(\S+?)(?:\s+static(?::(\S+))?)?\s*", text)
+        match = re.fullmatch(r"\s*(\S+?)(?:\s+static(?::(\S+))?)?(?:\s+outliers:top\(([\d.]+)%\))?\s*", text)
         if match is None:
-            raise FormatError(f"input {text!r}: expected '<format>' or '<format> static:<observer>'")
+            raise FormatError(
+                f"input {text!r}: expected '<format>', '<format> static:<observer>' or '<format> outliers:top(0.5%)'"
+            )
         spec = activation_spec(match[1])
         is_static = spec.format.scaled and not isinstance(spec.granularity, PerToken)
         if "static" in text.split(maxsplit=1)[-1] and not is_static:
@@ -52,10 +60,15 @@ class InputRule:
             make_observer(observer)
         if isinstance(spec.granularity, PerChannel) and observer != "minmax":
             raise FormatError(f"input {text!r}: ranges per channel are observed by minmax; write 'static:minmax'")
-        return cls(spec, observer)
+        return cls(spec, observer, _outliers(text, match[3], spec))
 
     def __str__(self) -> str:
-        return f"{self.spec} static:{self.observer}" if self.observer else str(self.spec)
+        static = f" static:{self.observer}" if self.observer else ""
+        return f"{self.spec}{static}" + (f" outliers:top({self.outliers:g}%)" if self.outliers else "")
+
+    def outlier_count(self, channels: int) -> int:
+        """Input channels of a layer that stay float: at least one where any percentage is asked for."""
+        return min(channels, math.ceil(channels * self.outliers / 100 - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,9 @@ class Recipe:
         correct_bias: whether, with data, the mean error of each layer is taken out through its bias.
         fuse: whether layers take in the operations that follow them: chains of static convolutions run as one network
             with 8-bit activations between them, linear layers apply the activation function behind them.
+        sequential: whether each block of the model is quantized on what the quantized blocks before it give; "auto"
+            where a method asks for more than magnitudes. False lets every block see what the float model gives.
+        transforms: function-preserving rewrites before anything is quantized, in order, each one name with its options.
     """
 
     rules: tuple[Rule, ...]
@@ -155,6 +171,8 @@ class Recipe:
     fold_batchnorm: bool = True
     correct_bias: bool = True
     fuse: bool = True
+    sequential: Literal["auto"] | bool = "auto"
+    transforms: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -173,15 +191,20 @@ class Recipe:
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
+        sequential = values.get("sequential", "auto")
+        if not isinstance(sequential, bool) and sequential != "auto":
+            raise RecipeError(f"{where}: sequential is true, false or 'auto', got {sequential!r}")
         _check_text("name", values.get("name", ""), where)
         made = tuple(Rule.from_dict(rule, f"{where}: rule {index + 1}") for index, rule in enumerate(rules))
-        return cls(made, values.get("name", ""), **switches)
+        transforms = _transforms(values.get("transforms", []), where)
+        return cls(made, values.get("name", ""), **switches, sequential=sequential, transforms=transforms)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         rules = [rule.to_dict() for rule in self.rules]
         switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias, "fuse": self.fuse}
-        return {"name": self.name, **switches, "rule": rules}
+        transforms = {"transforms": [_plain(entry) for entry in self.transforms]} if self.transforms else {}
+        return {"name": self.name, **switches, "sequential": self.sequential, **transforms, "rule": rules}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -203,6 +226,25 @@ def _patterns(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     if not isinstance(layers, list | tuple) or not layers:
         raise RecipeError(f"{where}: layers is a pattern or a list of patterns, got {layers!r}; '*' is every layer")
     return tuple(layers)
+
+
+def _outliers(text: str, percentage: str | None, spec: QuantSpec) -> float:
+    if percentage is None:
+        return 0.0
+    try:
+        value = float(percentage)
+    except ValueError:
+        value = math.nan
+    if not _FEWEST_OUTLIERS <= value <= _MOST_OUTLIERS:
+        raise FormatError(
+            f"input {text!r}: outliers:top({percentage}%) is not a percentage between {_FEWEST_OUTLIERS:g} and "
+            f"{_MOST_OUTLIERS:g}; use for example outliers:top(0.5%)"
+        )
+    if not spec.format.scaled or not isinstance(spec.granularity, PerToken):
+        raise FormatError(
+            f"input {text!r}: outlier channels go with ranges found at run time; use 'int8/token' or 'uint8/token'"
+        )
+    return value
 
 
 def _weight_spec(text: Any, where: str) -> QuantSpec:
@@ -234,3 +276,23 @@ def _method(values: Any, where: str) -> dict[str, Any]:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     return {name: dict(options) for name, options in values.items()}
+
+
+def _transforms(values: Any, where: str) -> tuple[dict[str, dict[str, Any]], ...]:
+    if not isinstance(values, list | tuple):
+        raise RecipeError(f"{where}: transforms is a list like ['equalize', {{'awq': {{}}}}], got {values!r}")
+    made = []
+    for value in values:
+        entry = {value: {}} if isinstance(value, str) else value
+        try:
+            make_transform(entry)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        made.append({name: dict(options) for name, options in entry.items()})
+    return tuple(made)
+
+
+def _plain(entry: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A transform as a recipe file has it: its name alone where it has no options."""
+    (name, options), *_ = entry.items()
+    return {name: dict(options)} if options else name

@@ -9,7 +9,25 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from narrowcast.report.findings import Finding
+
 Outcome = Literal["quantized", "kept", "fell back", "folded"]
+
+
+@dataclass(frozen=True)
+class StepError:
+    """How far a weight is from what it should be, after one step of the work.
+
+    Args:
+        step: "rtn absmax" (what the plainest rounding would give), the name of a transform or of the solver.
+        weight_sqnr_db: SQNR of the weight; None when not measured.
+        output_error: squared error of the layer's output relative to the output's square, tr(dW H dW^T) / tr(W H W^T)
+            with H the mean of x x^T over its calibration inputs; None where H was not observed.
+    """
+
+    step: str
+    weight_sqnr_db: float | None = None
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class LayerOutcome:
         kernel: what multiplies, with its instruction set.
         seconds: time that solving took.
         float_ms, quantized_ms: median time of the float and the quantized module on the same sample; None without data.
+        errors: before the solver and after it, in the order of the work.
+        notes: what the solver says of its work: dampings, dead channels.
     """
 
     layer: str
@@ -54,6 +74,8 @@ class LayerOutcome:
     seconds: float = 0.0
     float_ms: float | None = None
     quantized_ms: float | None = None
+    errors: list[StepError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def speedup(self) -> float | None:
@@ -61,6 +83,26 @@ class LayerOutcome:
         if not self.float_ms or not self.quantized_ms:
             return None
         return self.float_ms / self.quantized_ms
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What one transform did to how well one layer can be quantized under the recipe, by round-to-nearest.
+
+    Args:
+        transform: its name in the recipe.
+        layer: name of the weight.
+        weight_sqnr_before_db, weight_sqnr_after_db: SQNR of the quantized weight.
+        output_sqnr_before_db, output_sqnr_after_db: SQNR of the layer's output with weights and inputs quantized, on a
+            sample of its inputs; None without one.
+    """
+
+    transform: str
+    layer: str
+    weight_sqnr_before_db: float
+    weight_sqnr_after_db: float
+    output_sqnr_before_db: float | None = None
+    output_sqnr_after_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +150,8 @@ class Report:
         layers: one outcome per weight, in the model's order.
         totals: sums.
         notes: decisions that concern no single layer.
+        changes: what each transform did to each layer, in order.
+        findings: what the calibration doctor says about the data, worst first.
     """
 
     recipe: str
@@ -115,6 +159,8 @@ class Report:
     layers: list[LayerOutcome]
     totals: Totals
     notes: list[str] = field(default_factory=list)
+    changes: list[LayerChange] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinite decibels (nothing was lost) are the text "inf"."""
@@ -124,9 +170,11 @@ class Report:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The report that `to_dict` described; unknown keys of later versions are passed over."""
-        layers = [LayerOutcome(**_known(LayerOutcome, row)) for row in values["layers"]]
+        layers = [_layer(row) for row in values["layers"]]
         totals = Totals(**_known(Totals, values["totals"]))
-        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]))
+        changes = [LayerChange(**_known(LayerChange, row)) for row in values.get("changes", [])]
+        findings = [Finding.from_dict(row) for row in values.get("findings", [])]
+        return cls(values["recipe"], values["model"], layers, totals, list(values["notes"]), changes, findings)
 
     def save_json(self, path: str | Path) -> None:
         """Write the report; the file appears whole or not at all."""
@@ -139,6 +187,11 @@ class Report:
         from narrowcast.report.terminal import render
 
         return render(self)
+
+
+def _layer(row: dict[str, Any]) -> LayerOutcome:
+    errors = [StepError(**_known(StepError, error)) for error in row.get("errors", [])]
+    return LayerOutcome(**_known(LayerOutcome, row) | {"errors": errors})
 
 
 def _plain(value: Any) -> Any:
@@ -155,7 +208,7 @@ def _known(kind: type, row: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     infinite = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
     return {
-        key: infinite.get(item, item) if isinstance(item, str) and key.endswith("_db") else item
+        key: infinite.get(item, item) if isinstance(item, str) and key.endswith(("_db", "_error")) else item
         for key, item in row.items()
         if key in names
     }

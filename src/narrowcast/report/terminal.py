@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrowcast.report.data import LayerOutcome, Report, Totals
+from narrowcast.report.findings import Finding
 
 
 def format_bytes(count: float) -> str:
@@ -88,6 +89,26 @@ def totals_lines(totals: Totals) -> list[str]:
     return lines
 
 
+_NAMED = 3
+
+
+def solver_notes(layers: list[LayerOutcome]) -> list[str]:
+    """What solvers said, each sentence once with the layers that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in layers:
+        for note in row.notes:
+            about.setdefault(note, []).append(row.layer)
+    return [
+        f"{note}: {', '.join(names[:_NAMED])}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        for note, names in about.items()
+    ]
+
+
+def finding_lines(findings: list[Finding]) -> list[str]:
+    """What the calibration doctor says, one finding per line."""
+    return [f"{finding.severity:<10} data: {finding}" for finding in findings]
+
+
 def render(report: Report) -> str:
     """The whole report as text, as wide as it needs to be."""
     buffer = io.StringIO()
@@ -95,6 +116,8 @@ def render(report: Report) -> str:
     console.print(report_table(report))
     for line in totals_lines(report.totals):
         console.print(line, highlight=False, markup=False)
-    for note in report.notes:
+    for line in finding_lines(report.findings):
+        console.print(line, highlight=False, markup=False)
+    for note in [*report.notes, *solver_notes(report.layers)]:
         console.print(f"note       {note}", highlight=False, markup=False)
     return buffer.getvalue().rstrip()

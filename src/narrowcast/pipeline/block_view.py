@@ -1,0 +1,298 @@
+"""A block of a model as a block solver sees it: other weights in, its output out, differentiable.
+
+The float module of the block is called with its weights exchanged (`torch.func.functional_call`), so the model itself
+never changes and no gradient reaches the caller's parameters. Inputs of layers are rounded as their installed modules
+will round them, and gradients pass through that as if it were not there (Bengio et al. 2013, arXiv:1308.3432).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from narrowcast.core import PerGroup, QuantSpec
+from narrowcast.errors import DataError
+from narrowcast.kernels.reference_linear import input_group_of
+from narrowcast.methods import Seen
+from narrowcast.models import TorchModel
+from narrowcast.nn import Activation
+from narrowcast.pipeline.judge import first_tensor
+from narrowcast.pipeline.streams import Inputs, fresh
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One layer of the block.
+
+    Args:
+        path: of its module, relative to the block's.
+        parameter: name of the weight in it.
+        spec: format of the weight.
+        activation: treatment of its input.
+        ratio: [1 or out, columns] what its weight was multiplied by to take in static scales; None for 1.
+    """
+
+    path: str
+    parameter: str
+    spec: QuantSpec
+    activation: Activation
+    ratio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Calls of the block that can run as one: rows of the same shapes, everything else the same.
+
+    Args:
+        leaves: of (args, kwargs); those with rows have all rows.
+        spec: structure of them.
+        rowed: positions of the leaves that have rows; empty where the call cannot be cut.
+        target: the float block's output.
+        first: number of its first sample.
+        samples: rows, or 1 where it cannot be cut.
+    """
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    rowed: tuple[int, ...]
+    target: Tensor
+    first: int
+    samples: int
+
+    def part(self, rows: list[int]) -> tuple[Inputs, Tensor]:
+        """Inputs and target of some of its samples."""
+        if not self.rowed:
+            args, kwargs = fresh(pytree.tree_unflatten(self.leaves, self.spec))
+            return (args, kwargs), self.target
+        chosen = torch.tensor(rows)
+        leaves = [leaf[chosen] if index in self.rowed else leaf for index, leaf in enumerate(self.leaves)]
+        args, kwargs = fresh(pytree.tree_unflatten(leaves, self.spec))
+        return (args, kwargs), self.target[chosen]
+
+
+class ModuleBlock:
+    """Implements `narrowcast.methods.Block`.
+
+    Args:
+        adapter: knows how weights lie in modules.
+        module: the float module of the block.
+        uses: the layers to solve and those solved already, by name of the weight.
+        weights: of those to solve, as they are solved: static scales taken in.
+        fixed: what those solved already have become.
+        seen: what calibration saw at the input of each.
+        inputs: of the block, with the blocks before it quantized, for every call that reaches it.
+        targets: the float block's output for the same calls.
+    """
+
+    def __init__(
+        self, adapter: TorchModel, module: nn.Module, uses: Mapping[str, LayerUse], weights: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor], seen: Mapping[str, Seen], inputs: Sequence[Inputs], targets: Sequence[Any],
+    ) -> None:  # fmt: skip
+        self.weights: Mapping[str, Tensor] = dict(weights)
+        self.seen: Mapping[str, Seen] = dict(seen)
+        self.specs: Mapping[str, QuantSpec] = {name: uses[name].spec for name in weights}
+        self._adapter, self._module, self._uses, self._fixed = adapter, module, uses, dict(fixed)
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self._frozen = {name: value.detach() for name, value in named.items()}
+        self._tied = {name: [n for n, other in named.items() if other is value] for name, value in named.items()}
+        self._batches = self._batched(inputs, targets)
+        self.samples = sum(batch.samples for batch in self._batches)
+
+    def output(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> Tensor:
+        """See `methods.Block`: [rows, ...], or [tokens, features] where samples differ in length."""
+        return _joined([self._call(weights, inputs) for inputs, _ in self._parts(indices)])
+
+    def target(self, indices: Sequence[int]) -> Tensor:
+        """See `methods.Block`: of the shape of `output`."""
+        return _joined([target for _, target in self._parts(indices)])
+
+    def _parts(self, indices: Sequence[int]) -> list[tuple[Inputs, Tensor]]:
+        parts = []
+        for batch in self._batches:
+            rows = [i - batch.first for i in indices if batch.first <= i < batch.first + batch.samples]
+            if rows:
+                parts.append(batch.part(rows))
+        return parts
+
+    def _call(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        tensors = dict(self._frozen)
+        for name, matrix in {**self._fixed, **weights}.items():
+            use = self._uses[name]
+            owner = self._module.get_submodule(use.path) if use.path else self._module
+            plain = matrix if use.ratio is None else matrix / use.ratio
+            full = f"{use.path}.{use.parameter}" if use.path else use.parameter
+            shaped = self._adapter.as_parameter(owner, use.parameter, plain).to(self._frozen[full].dtype)
+            tensors |= dict.fromkeys(self._tied[full], shaped)
+        with self._rounded_inputs():
+            output = first_tensor(functional_call(self._module, tensors, inputs[0], inputs[1], tie_weights=False))
+        if output is None:
+            raise DataError("the block gives no tensor; solve its layers by a method that works layer by layer")
+        return output
+
+    @contextmanager
+    def _rounded_inputs(self) -> Iterator[None]:
+        handles = []
+        for use in {use.path: use for use in self._uses.values()}.values():
+            module = self._module.get_submodule(use.path) if use.path else self._module
+            if use.activation.mode != "float":
+                handles.append(module.register_forward_pre_hook(_rounding(use, module)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _batched(self, inputs: Sequence[Inputs], targets: Sequence[Any]) -> list[_Batch]:
+        """The calls, those that can run as one joined; every batch is tried before it is relied on."""
+        pools: list[_Pool] = []
+        for call, given in zip(inputs, targets, strict=True):
+            target = first_tensor(given)
+            if target is None:
+                raise DataError("the block gives no tensor; solve its layers by a method that works layer by layer")
+            leaves, spec = pytree.tree_flatten(call)
+            rowed = _rowed(leaves, target)
+            pool = next((pool for pool in pools if rowed and pool.takes(leaves, spec, rowed, target)), None)
+            if pool is None:
+                pools.append(_Pool(spec, rowed, [leaves], [target]))
+            else:
+                pool.calls.append(leaves)
+                pool.targets.append(target)
+        batches: list[_Batch] = []
+        for pool in pools:
+            first = batches[-1].first + batches[-1].samples if batches else 0
+            joined = pool.joined(first)
+            batches += [joined] if self._can_be_cut(joined, pool) else pool.whole(first)
+        return batches
+
+    def _can_be_cut(self, joined: _Batch, pool: _Pool) -> bool:
+        """Whether its rows do not depend on each other, established by running the first and the last alone."""
+        if joined.samples == 1:
+            return True
+        last = joined.samples - 1
+        try:
+            with torch.no_grad():
+                pair = self._call(self.weights, joined.part([0, last])[0])
+                alone = torch.cat([self._call(self.weights, joined.part([row])[0]) for row in (0, last)])
+                whole = self._call(self.weights, fresh(pytree.tree_unflatten(pool.calls[0], pool.spec)))
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False  # what seems to hold one row per sample is something else
+        return _same(pair, alone) and _same(whole[:1], alone[:1])
+
+
+@dataclass
+class _Pool:
+    """Calls that may be joined; see `_Batch`."""
+
+    spec: pytree.TreeSpec
+    rowed: tuple[int, ...]
+    calls: list[list[Any]]
+    targets: list[Tensor]
+
+    def takes(self, leaves: list[Any], spec: pytree.TreeSpec, rowed: tuple[int, ...], target: Tensor) -> bool:
+        """Whether one more call goes with these."""
+        mine = self.calls[0]
+        if spec != self.spec or rowed != self.rowed or target.shape[1:] != self.targets[0].shape[1:]:
+            return False
+        return all(
+            mine[i].shape[1:] == leaf.shape[1:] and mine[i].dtype == leaf.dtype
+            if i in rowed
+            else mine[i] is leaf or _equal(mine[i], leaf)
+            for i, leaf in enumerate(leaves)
+        )
+
+    def joined(self, first: int) -> _Batch:
+        """All rows as one batch."""
+        leaves = list(self.calls[0])
+        for i in self.rowed:
+            leaves[i] = torch.cat([call[i] for call in self.calls])
+        target = torch.cat(self.targets) if self.rowed else self.targets[0]
+        return _Batch(leaves, self.spec, self.rowed, target, first, target.shape[0] if self.rowed else 1)
+
+    def whole(self, first: int) -> list[_Batch]:
+        """Every call as one sample."""
+        pairs = zip(self.calls, self.targets, strict=True)
+        return [_Batch(call, self.spec, (), target, first + i, 1) for i, (call, target) in enumerate(pairs)]
+
+
+def _rowed(leaves: list[Any], target: Tensor) -> tuple[int, ...]:
+    """The leaves that seem to hold one row per sample; none where the target does not."""
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors or target.dim() == 0 or target.shape[0] != leaves[tensors[0]].shape[0]:
+        return ()
+    return tuple(i for i in tensors if leaves[i].shape[0] == target.shape[0])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # the same numbers up to float rounding, and the codes of inputs that it may tip
+    return one.shape == other.shape and bool((one - other).norm() <= 1e-2 * one.norm() + 1e-6)
+
+
+def _equal(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine.shape == theirs.shape and mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    return isinstance(mine, bool | int | float | str) and type(mine) is type(theirs) and bool(mine == theirs)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def _rounding(use: LayerUse, module: nn.Module) -> Any:
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
+
+    def hook(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        x = args[0]
+        with torch.no_grad():
+            rounded = rounded_input(x, use.activation, use.spec, convolution=convolution)
+        return (x + (rounded - x).detach(), *args[1:])
+
+    return hook
+
+
+def rounded_input(x: Tensor, activation: Activation, spec: QuantSpec, *, convolution: bool) -> Tensor:
+    """A layer's input after the rounding that its installed module does.
+
+    Args:
+        x: [..., features], or [batch, channels, ...] for a convolution.
+        activation: treatment of the input.
+        spec: format of the weight, which decides the groups of a low-bit layer's input.
+        convolution: whether the channels are dimension 1, and a range is found per image instead of per token.
+    """
+    if activation.spec is None:
+        return x
+    if activation.mode == "cast":
+        return x.to(activation.spec.format.storage).to(x.dtype)
+    if activation.scale is not None and activation.zero_point is not None:
+        shape = [1] * x.dim()
+        shape[1 if convolution else -1] = activation.scale.numel()
+        scale, zero = activation.scale.view(shape), activation.zero_point.view(shape).float()
+        return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+    if convolution:
+        return _dynamic(x.flatten(1), symmetric=activation.mode == "dynamic").view(x.shape)
+    group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else x.shape[-1]
+    size = input_group_of(group, x.shape[-1]) if activation.mode == "dynamic" else x.shape[-1]
+    return torch.cat([_dynamic(part, symmetric=activation.mode == "dynamic") for part in x.split(size, -1)], -1)
+
+
+def _dynamic(x: Tensor, *, symmetric: bool) -> Tensor:
+    """Rounded with one range per row of the last dimension."""
+    if symmetric:
+        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        return (x / scale).round() * scale
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-low / scale).round()
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
