@@ -179,6 +179,56 @@ def test_it_agrees_with_the_plain_algorithm_written_down() -> None:
     assert torch.equal(found.codes, expected)
 
 
+def drifting(seed: int) -> tuple[Tensor, Seen, Tensor, Tensor]:
+    """A weight, what was seen at its input x, the float model's x' and x."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.randn(400, 75, generator=generator) @ torch.randn(75, 75, generator=generator)
+    now = exact + 0.3 * exact.roll(1, 1) + 0.3 * torch.randn(400, 75, generator=generator)
+    hessian = now.double().t() @ now.double() / 400
+    drift = (exact - now).double().t() @ now.double() / 400
+    return torch.randn(12, 75, generator=generator), Seen(hessian=hessian, samples=400, drift=drift), exact, now
+
+
+@pytest.mark.parametrize("text", ["int4/channel/asym", "int3/group32", "nf4/group64"])
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1000))
+def test_knowing_the_drift_of_the_input_brings_the_output_nearer_to_the_float_one(text: str, seed: int) -> None:
+    (weight, seen, exact, now), spec = drifting(seed), QuantSpec.parse(text)
+    target, errors = exact @ weight.t(), []
+    for correction in (0.0, 0.5, 1.0):
+        found = Gptq(correction=correction).solve(weight, spec, seen)
+        errors.append(float((now @ found.record.dequantize().t() - target).square().sum()))
+        assert any("make up for the error of earlier layers" in note for note in found.notes) == (correction > 0)
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_a_full_correction_aims_at_the_least_squares_weight() -> None:
+    weight, seen, exact, now = drifting(1)
+    best = torch.linalg.lstsq(now.double(), (exact @ weight.t()).double()).solution.t().float()
+    spec = QuantSpec.parse("int8/channel")
+    aimed, plain = (Gptq(correction=part, damping=0.0).quantize(weight, spec, seen).dequantize() for part in (1.0, 0.0))
+    assert float((aimed - best).norm()) < 0.03 * float(best.norm()) < 0.3 * float((plain - best).norm())
+
+
+def test_no_drift_changes_no_bit() -> None:
+    (weight, seen), spec = problem(26), QuantSpec.parse("int3/group32/asym")
+    none = Gptq().quantize(weight, spec, replace(seen, drift=torch.zeros(75, 75)))
+    assert none == Gptq().quantize(weight, spec, seen)
+
+
+@pytest.mark.parametrize(
+    ("drift", "message"),
+    [
+        (torch.zeros(3, 3), r"drift has shape \(3, 3\), expected \(75, 75\)"),
+        (torch.zeros(75, 75).index_fill(0, torch.tensor([9]), float("nan")), "drift of input channel 9 is not finite"),
+    ],
+)
+def test_a_drift_that_does_not_fit_is_refused(drift: Tensor, message: str) -> None:
+    weight, seen = problem(27)
+    with pytest.raises(DataError, match=message):
+        Gptq().solve(weight, QuantSpec.parse("int4/channel"), replace(seen, drift=drift))
+
+
 def test_updated_scales_see_the_errors_of_the_blocks_before() -> None:
     (weight, seen), spec = problem(14), QuantSpec.parse("int2/group16/asym")
     static, updated = (
@@ -309,7 +359,7 @@ def test_the_caller_keeps_its_tensors() -> None:
     "options",
     [
         {"order": "act"}, {"scales": "old"}, {"damping": -0.1}, {"damping": True}, {"damping": 2}, {"rounds": -1},
-        {"block": 0}, {"block": 1.5}, {"range": "max"}, {"refinements": -1},
+        {"correction": 1.5}, {"block": 0}, {"block": 1.5}, {"range": "max"}, {"refinements": -1},
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(options: dict[str, object]) -> None:

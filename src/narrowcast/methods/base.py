@@ -22,12 +22,15 @@ class Seen:
         hessian: [in, in] float: the mean of x x^T over the samples; None when it was not observed.
         samples: how many input vectors these are means of.
         inputs: [n, in] float: some of the input vectors themselves; None when none were kept.
+        drift: [in, in] float: the mean of (x' - x) x^T, where x' is what the float model has at this input and x what
+            it is behind the layers quantized so far; None when it was not observed.
     """
 
     importance: Tensor | None = None
     hessian: Tensor | None = None
     samples: int = 0
     inputs: Tensor | None = None
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,14 @@ class Curvature:
     Args:
         hessian: [in, in] float64, symmetric; dead channels have the mean diagonal and nothing else.
         importance: [in] float64: the diagonal, 0 where the channel is dead.
+        drift: [in, in] float64 in the same units, see `Seen`; None where it was not observed.
         correlated: whether any two channels are; without, rounding one weight says nothing about the others.
         notes: what the report should say of it.
     """
 
     hessian: Tensor
     importance: Tensor
+    drift: Tensor | None
     correlated: bool
     notes: tuple[str, ...]
 
@@ -69,10 +71,14 @@ def curvature(seen: Seen | None, columns: int, device: torch.device) -> Curvatur
     if largest == 0.0:
         identity = torch.eye(columns, dtype=torch.float64, device=device)
         silent = ("calibration saw only zeros here: rounded to nearest",) if columns else ()
-        return Curvature(identity, torch.zeros_like(identity.diagonal()), False, silent)
+        return Curvature(identity, torch.zeros_like(identity.diagonal()), None, False, silent)
     # by powers of two, so scaling the data by one changes no bit; in two steps, as one factor could overflow
     exponent = 1 - math.frexp(largest)[1]
-    hessian = hessian * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+    halves = 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
+    hessian = hessian * halves[0] * halves[1]
+    drift = _checked_drift(seen, columns)
+    if drift is not None:
+        drift = drift.to(device=device, dtype=torch.float64) * halves[0] * halves[1]
     importance = hessian.diagonal().clone()
     dead = importance == 0
     hessian = torch.where(dead[:, None] | dead[None, :], 0.0, hessian)
@@ -83,7 +89,7 @@ def curvature(seen: Seen | None, columns: int, device: torch.device) -> Curvatur
         notes += (f"{count} of {columns} input channels were always zero and are rounded to nearest",)
     if 0 < seen.samples < columns:
         notes += (f"{seen.samples} samples for {columns} input channels: damping holds what they leave open",)
-    return Curvature(hessian, importance, correlated, notes)
+    return Curvature(hessian, importance, drift, correlated, notes)
 
 
 def _checked(seen: Seen | None, columns: int) -> Tensor:
@@ -110,6 +116,19 @@ def _checked(seen: Seen | None, columns: int) -> Tensor:
             "mean of squares is not negative; check where it comes from"
         )
     return hessian / 2 + hessian.t() / 2
+
+
+def _checked_drift(seen: Seen, columns: int) -> Tensor | None:
+    if seen.drift is None:
+        return None
+    drift = seen.drift.detach()
+    if tuple(drift.shape) != (columns, columns):
+        raise DataError(f"the drift has shape {tuple(drift.shape)}, expected ({columns}, {columns}): in by in")
+    bad = ~torch.isfinite(drift)
+    if bool(bad.any()):
+        channel = int(bad.sum(1).argmax())
+        raise DataError(f"the drift of input channel {channel} is not finite; clean the calibration data")
+    return drift
 
 
 def factor(hessian: Tensor, order: Tensor, damping: float) -> Factored:

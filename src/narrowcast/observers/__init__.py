@@ -9,6 +9,7 @@ from narrowcast.errors import RecipeError
 from narrowcast.observers.base import Observer
 from narrowcast.observers.channel_magnitude import ChannelMagnitude
 from narrowcast.observers.channel_range import ChannelRange
+from narrowcast.observers.drift import Drift
 from narrowcast.observers.entropy import Entropy
 from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.observers.hessian import Hessian
@@ -62,6 +63,7 @@ __all__ = [
     "OBSERVERS",
     "ChannelMagnitude",
     "ChannelRange",
+    "Drift",
     "Entropy",
     "GroupedHessian",
     "Hessian",
