@@ -60,6 +60,13 @@ class SeesOnlyHessian(SeesHessian):
 
 
 @dataclass(frozen=True)
+class SeesDrift(SeesHessian):
+    """The same with how far the inputs have moved from the float model's."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "drift"})
+
+
+@dataclass(frozen=True)
 class SeesBlock:
     """Chooses for the whole block between two ranges, by the error of its output."""
 
@@ -82,4 +89,9 @@ class SeesBlock:
         return {name: Solved(record, (f"{block.samples} samples",)) for name, record in best[1].items()}
 
 
-METHODS = {"sees_hessian": SeesHessian, "sees_only_hessian": SeesOnlyHessian, "sees_block": SeesBlock}
+METHODS = {
+    "sees_hessian": SeesHessian,
+    "sees_only_hessian": SeesOnlyHessian,
+    "sees_drift": SeesDrift,
+    "sees_block": SeesBlock,
+}

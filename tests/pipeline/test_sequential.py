@@ -130,6 +130,20 @@ def test_every_hessian_is_that_of_the_inputs_which_the_finished_model_gives() ->
         assert seen.samples == x.shape[0]
 
 
+def test_every_drift_is_that_of_the_finished_model_s_inputs_from_the_float_model_s() -> None:
+    model, data, result = run("sees_drift", correct_bias=False)
+    for path, seen in zip(LAYERS, NOTEBOOK.seen, strict=False):
+        exact, x = (inputs_of(m, path, data).double() for m in (model, _with_float_table(result.model)))
+        assert seen is not None and seen.drift is not None
+        torch.testing.assert_close(seen.drift.double(), (exact - x).t() @ x / x.shape[0], rtol=1e-3, atol=1e-6)
+        assert bool(seen.drift.any()) == (path not in LAYERS[:2]), "before the first quantized layer nothing has moved"
+
+
+def test_without_sequence_nothing_drifts() -> None:
+    run("sees_drift", sequential=False)
+    assert all(seen is not None and seen.drift is None for seen in NOTEBOOK.seen)
+
+
 def _with_float_table(model: nn.Module) -> nn.Module:
     model.table = build()[0].table
     return model

@@ -46,7 +46,7 @@ class Solved:
     notes: tuple[str, ...] = ()
 
 
-Need = Literal["hessian", "inputs", "block"]
+Need = Literal["hessian", "drift", "inputs", "block"]
 """What a solver must be given besides weight, format and importance; "block" makes it a `BlockMethod`."""
 
 

@@ -63,7 +63,7 @@ class Gptq:
         block: columns between two full updates; changes speed and memory, no code.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"hessian", "drift"})
     order: Literal["activation", "group", "none"] = "activation"
     scales: Literal["updated", "static"] = "updated"
     correction: float = 0.5

@@ -31,11 +31,13 @@ class Evidence:
         samples: input vectors seen.
         hessian: [groups, columns, columns] float32, the mean of x x^T; None when not asked for.
         inputs: [vectors, columns] some of the vectors; None when not asked for, and for grouped convolutions.
+        drift: [columns, columns] the mean of (x' - x) x^T with x' the float model's; None as for `inputs`.
     """
 
     samples: int
     hessian: Tensor | None = None
     inputs: Tensor | None = None
+    drift: Tensor | None = None
 
 
 @dataclass

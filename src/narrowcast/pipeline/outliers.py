@@ -39,7 +39,8 @@ def without_outliers(weight: Tensor, seen: Seen | None, outliers: Tensor | None)
     importance = None if seen.importance is None else seen.importance.index_fill(0, outliers, 0.0)
     hessian = None if seen.hessian is None else seen.hessian.index_fill(0, outliers, 0.0).index_fill(1, outliers, 0.0)
     inputs = None if seen.inputs is None else seen.inputs.index_fill(1, outliers, 0.0)
-    return weight, replace(seen, importance=importance, hessian=hessian, inputs=inputs)
+    drift = None if seen.drift is None else seen.drift.index_fill(0, outliers, 0.0).index_fill(1, outliers, 0.0)
+    return weight, replace(seen, importance=importance, hessian=hessian, inputs=inputs, drift=drift)
 
 
 def describe_outliers(outliers: Tensor, shown: int = 8) -> str:

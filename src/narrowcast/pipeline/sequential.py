@@ -19,7 +19,7 @@ from narrowcast.methods import BlockMethod, Seen, make_method
 from narrowcast.models import ModelBlock, find_blocks
 from narrowcast.models.modules import get_module
 from narrowcast.models.patches import evenly
-from narrowcast.observers import ChannelMagnitude, GroupedHessian, Hessian
+from narrowcast.observers import ChannelMagnitude, Drift, GroupedHessian, Hessian
 from narrowcast.pipeline.block_view import LayerUse, ModuleBlock
 from narrowcast.pipeline.calibrate import Calibration, Evidence, thinned
 from narrowcast.pipeline.resume import Journal
@@ -150,6 +150,8 @@ class _Work:
                 needs |= needs_of(row)
         if self.sequential and (path in calibration.ranges or path in calibration.channel_ranges):
             needs.add("range")
+        if not self.sequential or any(block.path == "" and path in block.layers for block in self.blocks):
+            needs.discard("drift")  # the float model's own input, or no block whose inputs both models have
         return frozenset(needs)
 
     def _groups(self, index: int, paths: list[str]) -> list[list[str]]:
@@ -187,21 +189,35 @@ class _Work:
         if not watchers:
             return
         self.stream.enter(index)
+        drifting = [path for path, watcher in watchers.items() if "drift" in watcher.wanted]
+        exact: dict[str, list[Tensor]] = {}
 
         def see(path: str, x: Tensor) -> None:
+            waiting = exact.get(path)
             try:
-                watchers[path].see(x)
+                watchers[path].see(x, waiting.pop(0) if waiting else None)
             except DataError as error:
                 raise DataError(f"layer {path!r}, behind quantized blocks: {error}") from None
 
         with self._hooked(list(watchers), see):
             for number in range(len(self.stream.inputs)):
+                if drifting:
+                    exact = self._float_inputs(index, number, drifting)
                 if self.blocks[index].path == "":
                     self.stream.run(number)
                 else:
                     self.stream.run_until(number, list(watchers))
         for watcher in watchers.values():
             watcher.finish_(self.job.calibration)
+
+    def _float_inputs(self, index: int, number: int, paths: Sequence[str]) -> dict[str, list[Tensor]]:
+        """What the float model has at these modules for one call, in the order of their calls."""
+        self.reference.enter(index)
+        found: dict[str, list[Tensor]] = {path: [] for path in paths}
+        # a copy: what computes behind may write into it
+        with _Hooks(self.reference.model(), paths, lambda path, x: found[path].append(x.detach().clone())):
+            self.reference.run_until(number, paths)
+        return found
 
     def _watchers(self, path: str, wanted: frozenset[str]) -> _Watcher:
         return _Watcher(self.job, path, wanted, len(self.stream.calls))
@@ -311,11 +327,13 @@ class _Watcher:
         self.channel_dim = job.adapter.channel_dim(path)
         self.magnitude = ChannelMagnitude()
         self.hessian = GroupedHessian() if self.grouped else Hessian()
+        self.drift = Drift()
+        self.drifted = False
         self.inputs: list[Tensor] = []
         self.samples = 0
 
-    def see(self, x: Tensor) -> None:
-        """Take in one input of the module."""
+    def see(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Take in one input of the module, and the same one in the float model where that is known."""
         last = x.detach().movedim(self.channel_dim, -1)
         if "range" in self.wanted and self.ranges is not None:
             self.ranges.update(last)
@@ -326,6 +344,9 @@ class _Watcher:
         self.samples += rows.shape[1]
         if "hessian" in self.wanted:
             self.hessian.update(rows if self.grouped else rows[0])
+        if exact is not None and exact.shape == x.shape and not self.grouped:
+            self.drift.update(self.adapter.input_rows(self.path, exact)[0], rows[0])
+            self.drifted = True
         if "inputs" in self.wanted and not self.grouped:
             self.inputs.append(evenly(rows[0], self.room).float().clone())
 
@@ -339,7 +360,8 @@ class _Watcher:
             hessian = self.hessian.result()
             hessian = hessian if self.grouped else hessian[None]
         inputs = torch.cat(self.inputs) if self.inputs else None
-        calibration.evidence[self.path] = Evidence(self.samples, hessian, inputs)
+        drift = self.drift.result() if self.drifted else None
+        calibration.evidence[self.path] = Evidence(self.samples, hessian, inputs, drift)
 
 
 def _homes(units: dict[str, list[LayerPlan]], blocks: Sequence[ModelBlock]) -> dict[str, int]:

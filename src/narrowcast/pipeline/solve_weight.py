@@ -99,16 +99,17 @@ def _whole_task(adapter: TorchModel, row: LayerPlan, calibration: Calibration, a
     evidence = None if why_unseen(adapter, row.layer, calibration) else _joined(row.layer, calibration)
     if evidence is None:
         return Task(weight, row.weight, seen, basis, None, columns)
-    hessian, inputs = evidence.hessian, evidence.inputs
+    hessian, inputs, drift = evidence.hessian, evidence.inputs, evidence.drift
     if columns is not None:
         if hessian is not None:
             per_group = columns[:: max(1, columns.shape[0] // groups)]
             hessian = hessian / per_group[:, :, None] / per_group[:, None, :]
         inputs = None if inputs is None else inputs / columns
+        drift = None if drift is None else drift / columns[:1].t() / columns[:1]
     importance = None if seen is None else seen.importance
     if groups > 1:
         return Task(weight, row.weight, Seen(importance, None, evidence.samples), basis, hessian, columns)
-    seen = Seen(importance, None if hessian is None else hessian[0], evidence.samples, inputs)
+    seen = Seen(importance, None if hessian is None else hessian[0], evidence.samples, inputs, drift)
     return Task(weight, row.weight, seen, basis, None, columns)
 
 
@@ -129,7 +130,13 @@ def _joined(layer: Layer, calibration: Calibration) -> Evidence | None:
     samples = sum(part.samples for part in found)
     hessians = [part.hessian * (part.samples / samples) for part in found if part.hessian is not None]
     inputs = [part.inputs for part in found if part.inputs is not None]
-    return Evidence(samples, torch.stack(hessians).sum(0) if hessians else None, torch.cat(inputs) if inputs else None)
+    drifts = [part.drift * (part.samples / samples) for part in found if part.drift is not None]
+    return Evidence(
+        samples,
+        torch.stack(hessians).sum(0) if hessians else None,
+        torch.cat(inputs) if inputs else None,
+        torch.stack(drifts).sum(0) if len(drifts) == len(found) else None,
+    )
 
 
 def why_unseen(adapter: TorchModel, layer: Layer, calibration: Calibration) -> str:
