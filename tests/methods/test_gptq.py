@@ -369,4 +369,4 @@ def test_wrong_options_are_refused(options: dict[str, object]) -> None:
 
 def test_a_recipe_names_it() -> None:
     assert make_method({"gptq": {"damping": 0.05}}) == Gptq(damping=0.05)
-    assert Gptq.needs == {"hessian"}
+    assert Gptq.needs == {"hessian", "drift"}
