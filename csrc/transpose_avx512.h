@@ -6,45 +6,42 @@
 namespace narrowcast {
 namespace {
 
-// 128-bit lane l of result i holds, for the four vectors 4 i .. 4 i + 3, the sums of the four dwords of their lane l.
+// 128-bit lane l of result i holds, for the four vectors 4 i .. 4 i + 3, the four dwords of their lane l joined to one.
+template <class Join>
+inline void join_quads(const __m512i* a, __m512i* quads, Join join) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i first =
+        join(_mm512_unpacklo_epi32(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_epi32(a[4 * i], a[4 * i + 1]));
+    const __m512i second =
+        join(_mm512_unpacklo_epi32(a[4 * i + 2], a[4 * i + 3]), _mm512_unpackhi_epi32(a[4 * i + 2], a[4 * i + 3]));
+    quads[i] = join(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  }
+}
+
+// Lane i of the result is the 16 lanes of a[i] joined to one.
+template <class Join>
+inline __m512i join_lanes(const __m512i* a, Join join) {
+  __m512i quads[4];
+  join_quads(a, quads, join);
+  const __m512i low =
+      join(_mm512_shuffle_i32x4(quads[0], quads[1], 0x88), _mm512_shuffle_i32x4(quads[0], quads[1], 0xdd));
+  const __m512i high =
+      join(_mm512_shuffle_i32x4(quads[2], quads[3], 0x88), _mm512_shuffle_i32x4(quads[2], quads[3], 0xdd));
+  return join(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+}
+
 inline void sum_quads(const __m512i* a, __m512i* quads) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(a[4 * i], a[4 * i + 1]),
-                                           _mm512_unpackhi_epi32(a[4 * i], a[4 * i + 1]));
-    const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(a[4 * i + 2], a[4 * i + 3]),
-                                            _mm512_unpackhi_epi32(a[4 * i + 2], a[4 * i + 3]));
-    quads[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
-  }
+  join_quads(a, quads, [](__m512i x, __m512i y) { return _mm512_add_epi32(x, y); });
 }
 
-// Lane i of the result is the sum of the 16 lanes of a[i].
 inline __m512i sum_lanes(const __m512i* a) {
-  __m512i quads[4];
-  sum_quads(a, quads);
-  const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(quads[0], quads[1], 0x88),
-                                       _mm512_shuffle_i32x4(quads[0], quads[1], 0xdd));
-  const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(quads[2], quads[3], 0x88),
-                                        _mm512_shuffle_i32x4(quads[2], quads[3], 0xdd));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+  return join_lanes(a, [](__m512i x, __m512i y) { return _mm512_add_epi32(x, y); });
 }
 
-// Lane i of the result is the largest of the 16 lanes of a[i], as signed numbers.
+// As signed numbers.
 inline __m512i max_lanes(const __m512i* a) {
-  __m512i quads[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i first = _mm512_max_epi32(_mm512_unpacklo_epi32(a[4 * i], a[4 * i + 1]),
-                                           _mm512_unpackhi_epi32(a[4 * i], a[4 * i + 1]));
-    const __m512i second = _mm512_max_epi32(_mm512_unpacklo_epi32(a[4 * i + 2], a[4 * i + 3]),
-                                            _mm512_unpackhi_epi32(a[4 * i + 2], a[4 * i + 3]));
-    quads[i] = _mm512_max_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
-  }
-  const __m512i low = _mm512_max_epi32(_mm512_shuffle_i32x4(quads[0], quads[1], 0x88),
-                                       _mm512_shuffle_i32x4(quads[0], quads[1], 0xdd));
-  const __m512i high = _mm512_max_epi32(_mm512_shuffle_i32x4(quads[2], quads[3], 0x88),
-                                        _mm512_shuffle_i32x4(quads[2], quads[3], 0xdd));
-  return _mm512_max_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+  return join_lanes(a, [](__m512i x, __m512i y) { return _mm512_max_epi32(x, y); });
 }
 
 // 4 x 4 transposition of 128-bit lanes: lane i of lanes[l] becomes lane l of quads[i].

@@ -187,7 +187,9 @@ def solve_weight(
     fallback, name = "", next(iter(row.method))
     if method is None:
         fallback = why_not_method(adapter, row, calibration)
-        rounded = bool(fallback) or not task.spec.format.scaled or "block" in needs_of(row)
+        if not fallback and "block" in needs_of(row):
+            fallback = "it is in no block that was solved together"
+        rounded = bool(fallback) or not task.spec.format.scaled
         method = Rtn() if rounded else cast(WeightMethod, make_method(row.method))
         name = "rtn" if fallback else name
     try:
