@@ -126,6 +126,7 @@ class QuantizedExperts(QuantizedModule):
 
     def prepare_(self) -> None:
         """Row sums and flat scales for the int8 op; other ops read the weights as they are stored."""
+        super().prepare_()
         for name in self.weight_names:
             if self._ops[name] != "linear_int8_dynamic":
                 continue
@@ -195,16 +196,11 @@ class QuantizedExperts(QuantizedModule):
             weight = stored.dequantize(self)[rows].to(x.dtype)
             return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         codes, scale, zero_point, levels, bits, group = arguments
+        if scale.shape[0] == stored.shape[0]:  # not one row of scales for all
+            scale, zero_point = scale[rows], None if zero_point is None else zero_point[rows]
+        own_levels = levels[rows] if levels is not None and levels.dim() == 3 else levels
         return torch.ops.narrowcast.linear_weight_only(  # type: ignore[no-any-return]
-            x,
-            codes[rows],
-            scale[rows],
-            None if zero_point is None else zero_point[rows],
-            levels,
-            bias,
-            bits,
-            group,
-            "none",
+            x, codes[rows], scale, zero_point, own_levels, bias, bits, group, "none"
         )
 
     def extra_repr(self) -> str:

@@ -124,6 +124,7 @@ class QuantizedLinear(QuantizedModule):
     def prepare_(self) -> None:
         """Row sums and flat scales for the int8 kernels; the codes are used as they are stored for the first call."""
         self.restore_layout_()
+        super().prepare_()
         if self._op in ("linear_int8_dynamic", "linear_int8_static"):
             for name, tensor in self.kernel_terms("weight").items():
                 self.register_buffer(name, tensor, persistent=False)
