@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from narrowcast.core.formats import NumberFormat, number_format
@@ -111,12 +112,13 @@ class QuantSpec:
     @property
     def zero_step(self) -> float:
         """What zero points are multiples of, in code steps: 1, or in super-blocks the 64th part of the codes."""
-        return 2.0 ** (self.format.bits - SUPER_BITS) if self.scale_format == "k6" else 1.0
+        return math.ldexp(1.0, self.format.bits - SUPER_BITS) if self.scale_format == "k6" else 1.0
 
     @property
     def zero_high(self) -> float:
         """The largest zero point; the smallest is `code_low`."""
-        return self.code_low + (2**SUPER_BITS - 1) * self.zero_step if self.scale_format == "k6" else self.code_high
+        steps = 2**SUPER_BITS - 1
+        return self.code_low + steps * self.zero_step if self.scale_format == "k6" else self.code_high
 
     @property
     def blocks_in_super(self) -> int:
@@ -136,7 +138,7 @@ class QuantSpec:
         tall, wide = block_shape(self.granularity, shape)
         blocks_down, blocks_across = -(-shape[0] // tall), -(-shape[1] // wide)
         if self.format.learned:
-            overhead = blocks_down * blocks_across * 2**self.format.bits * 16
+            overhead = blocks_down * blocks_across * (16 << self.format.bits)
         elif self.scale_format == "k6":
             parts = -(-blocks_across * SUPER_BITS // 8) * 8 * (1 if self.symmetric else 2)
             overhead = blocks_down * (parts + -(-shape[1] // SUPER_BLOCK) * 16)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from narrowcast.core.spec import SUPER_BITS, QuantSpec
 
@@ -40,12 +39,14 @@ def split_super_scale(scale: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     rows, blocks = scale.shape
     together = spec.blocks_in_super
+    if scale.numel() == 0:
+        return scale.to(torch.uint8), scale.new_zeros(rows, -(-blocks // together))
     # a last super-block that is short repeats its last scale, which changes neither its largest nor what divides it
-    wide = pad(scale.unsqueeze(1), (0, -blocks % together), mode="replicate")[:, 0] if blocks else scale
-    parts = wide.reshape(rows, -1, together)
-    largest = parts.amax(-1) if parts.numel() else scale.new_zeros(rows, 0)
+    last = scale[:, -1:].expand(-1, -blocks % together)
+    parts = torch.cat([scale, last], 1).reshape(rows, -1, together)
+    largest = parts.amax(-1)
     outer = _half_above(largest / _LARGEST_CODE)
-    exact = (parts.contiguous().view(torch.int32) & _EMPTY_BITS == 0).all(-1)
+    exact = (parts.view(torch.int32) & _EMPTY_BITS == 0).all(-1)
     for code in range(_LARGEST_CODE, 0, -1):
         if not bool(exact.any()):
             break

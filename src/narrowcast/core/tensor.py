@@ -64,9 +64,8 @@ class QuantizedTensor:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantizedTensor):
             return NotImplemented
-        parts = ((self.codes, other.codes), (self.scale, other.scale), (self.zero_point, other.zero_point))
-        parts += ((self.levels, other.levels),)
-        return self.spec == other.spec and all(_same_bits(mine, theirs) for mine, theirs in parts)
+        parts = ("codes", "scale", "zero_point", "levels")
+        return self.spec == other.spec and all(_same_bits(getattr(self, part), getattr(other, part)) for part in parts)
 
     __hash__ = None  # type: ignore[assignment]  # tensors are compared by value and can change
 

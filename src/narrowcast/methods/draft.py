@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -83,8 +82,8 @@ class Draft(ABC):
         """
 
     @abstractmethod
-    def take_rows_(self, other: Self, blocks: Tensor) -> None:
-        """Become `other` in some blocks of rows [block_rows] bool."""
+    def take_rows_(self, other: Draft, blocks: Tensor) -> None:
+        """Become `other`, a draft of the same kind, in some blocks of rows [block_rows] bool."""
 
     @property
     def wide(self) -> int:
@@ -113,8 +112,8 @@ class Draft(ABC):
         """The sum over the rows of every block: [..., out] to [..., block_rows]."""
         if self.tall == 1:
             return per_row
-        missing = -per_row.shape[-1] % self.tall
-        return pad(per_row, (0, missing)).unflatten(-1, (-1, self.tall)).sum(-1)
+        padded = pad(per_row, (0, -per_row.shape[-1] % self.tall))
+        return padded.view(*padded.shape[:-1], -1, self.tall).sum(-1)
 
     def take_codes_(self, other: Draft, rows: Tensor) -> None:
         """The codes and values of `other` in some rows [out] bool."""

@@ -14,7 +14,6 @@ Source:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -100,7 +99,8 @@ class LearnedDraft(Draft):
         """The levels [out, 2^bits] of every row in a block of columns."""
         return self.tables[:, group].repeat_interleave(self.tall, 0)[: self.shape[0]]
 
-    def take_rows_(self, other: Self, blocks: Tensor) -> None:
+    def take_rows_(self, other: Draft, blocks: Tensor) -> None:
         """See `Draft`."""
+        assert isinstance(other, LearnedDraft)
         self.tables[blocks] = other.tables[blocks]
         self.take_codes_(other, self.by_row(blocks))

@@ -121,7 +121,7 @@ def _round(
         return _round_to_levels(scaled, offset, levels)
     shift = torch.zeros(()) if zero is None else zero.unsqueeze(-1)
     nearest = scaled + offset
-    codes = nearest.round_() + shift if spec.zero_step == 1 else nearest.add_(shift).round_()
+    codes = nearest.round_() + shift if spec.zero_step == 1 else nearest.add_(shift).round_().add_(0.0)
     kept = codes.clamp(spec.code_low, spec.code_high)
     return kept - shift, (codes == kept).to(torch.float32)
 

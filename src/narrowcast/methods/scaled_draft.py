@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -105,8 +104,9 @@ class ScaledDraft(Draft):
             shared, fixed = spread_super_scale(outer, self.spec, codes.shape[1])[:, group], torch.zeros_like(old).bool()
         return torch.where(fixed, old, (proposed / shared).round().clamp(1, _LARGEST_CODE[name]) * shared)
 
-    def take_rows_(self, other: Self, blocks: Tensor) -> None:
+    def take_rows_(self, other: Draft, blocks: Tensor) -> None:
         """See `Draft`."""
+        assert isinstance(other, ScaledDraft)
         self.scale[blocks] = other.scale[blocks]
         if self.zero_point is not None and other.zero_point is not None:
             self.zero_point[blocks] = other.zero_point[blocks]

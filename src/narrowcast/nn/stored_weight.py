@@ -66,9 +66,11 @@ class StoredWeight:
         return parts
 
     def _super_layout(self, scales: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        packed: tuple[torch.dtype, tuple[int, ...]]
         packed = (torch.uint8, (scales[0], packed_width(scales[1], SUPER_BITS)))
         outer = (torch.float16, (scales[0], -(-scales[1] // self.spec.blocks_in_super)))
-        return {"scale": packed, "outer_scale": outer} | ({} if self.spec.symmetric else {"zero_point": packed})
+        zero_point = {} if self.spec.symmetric else {"zero_point": packed}
+        return {"scale": packed, "outer_scale": outer, **zero_point}
 
     def empty(self) -> dict[str, Tensor]:
         """Buffers of the right dtype and shape on the meta device."""
