@@ -78,7 +78,8 @@ def format_sizes(matrices: Iterable[tuple[int, int]], other: int = 0, *, group: 
         group: weights that share a scale.
 
     Returns:
-        One row per format of FORMATS that can hold a weight, then the microscaling formats (always groups of 32).
+        One row per format of FORMATS that can hold a weight (learned levels always per channel), then the microscaling
+        formats (always groups of 32).
 
     Raises:
         FormatError: `group` is smaller than 1.
@@ -91,7 +92,9 @@ def format_sizes(matrices: Iterable[tuple[int, int]], other: int = 0, *, group: 
 
 
 def _format_size(name: str, counted: Mapping[tuple[int, int], int], other: int, group: int) -> FormatSize:
-    spec = QuantSpec.parse(name if name in ALIASES or FORMATS[name].is_cast else f"{name}/group{group}")
+    # learned levels are for whole rows: a table of them costs more bits than a group has
+    alone = name in ALIASES or not FORMATS[name].scaled
+    spec = QuantSpec.parse(name if alone else f"{name}/group{group}")
     bits = spec.format.bits
     codes = sum(number * rows * -(-columns * bits // 8) for (rows, columns), number in counted.items())
     total = sum(

@@ -53,6 +53,7 @@ class AdaRound:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    takes_levels: ClassVar[bool] = False
     iterations: int = 1000
     strength: float = 30.0
 

@@ -67,6 +67,7 @@ class Gptq:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian", "drift"})
+    takes_levels: ClassVar[bool] = True
     order: Literal["activation", "group", "none"] = "activation"
     scales: Literal["updated", "static"] = "updated"
     correction: float = 0.5

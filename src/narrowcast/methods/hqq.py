@@ -55,6 +55,7 @@ class Hqq:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_levels: ClassVar[bool] = False
     norm: float = 1.3
     beta: float = 10.0
     growth: float = 1.01

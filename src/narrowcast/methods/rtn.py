@@ -31,6 +31,7 @@ class Rtn:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_levels: ClassVar[bool] = True
     range: Literal["auto", "mse", "absmax"] = "auto"
     refinements: int = 2
 

@@ -70,7 +70,8 @@ def needs_of(row: LayerPlan) -> frozenset[str]:
     """What the solver of a planned weight must be given."""
     if row.weight is None or row.weight.format.is_cast:
         return frozenset()
-    return frozenset(make_method(row.method).needs)
+    method = make_method(row.method)
+    return frozenset() if row.weight.format.learned and not method.takes_levels else frozenset(method.needs)
 
 
 def task_of(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
@@ -153,6 +154,8 @@ def why_unseen(adapter: TorchModel, layer: Layer, calibration: Calibration) -> s
 
 def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration) -> str:
     """Why the solver that the recipe names cannot work on this weight; "" when it can."""
+    if row.weight is not None and row.weight.format.learned and not make_method(row.method).takes_levels:
+        return f"levels of {row.weight} are learned by rtn and gptq only"
     needs = needs_of(row)
     if not needs:
         return ""
