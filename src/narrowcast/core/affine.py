@@ -273,9 +273,7 @@ def _check_scale(scale: Tensor, zero_point: Tensor | None, blocks: Tensor, spec:
     if bool(((zero_point < spec.code_low) | (zero_point > spec.zero_high)).any()):
         raise FormatError(f"{spec}: a zero point is outside the codes {spec.code_low}..{spec.zero_high:g}")
     if bool((round_zero_point(zero_point.to(torch.float32), spec) != zero_point).any()):
-        raise FormatError(
-            f"{spec}: a zero point is no multiple of {spec.zero_step:g}; pass it through round_zero_point"
-        )
+        raise FormatError(f"{spec}: a zero point is no multiple of {spec.zero_step:g}; use round_zero_point")
 
 
 def _check_fits(values: Tensor, number: NumberFormat) -> None:

@@ -70,7 +70,9 @@ def nearest_levels(blocks: Tensor, levels: Tensor) -> Tensor:
     """
     # half by half: the sum of two large levels could overflow
     middle = levels[..., :-1] / 2 + levels[..., 1:] / 2
-    return torch.searchsorted(middle.contiguous(), blocks.contiguous(), out_int32=True).to(torch.uint8)
+    codes = torch.searchsorted(middle.contiguous(), blocks.contiguous())
+    first = torch.searchsorted(levels.contiguous(), levels.contiguous())
+    return first.gather(-1, codes).to(torch.uint8)
 
 
 class _Sorted:
