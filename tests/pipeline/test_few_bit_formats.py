@@ -98,6 +98,19 @@ def test_integer_inputs_are_refused_with_what_does_run(weight: str) -> None:
         nc.quantize(Mixed().eval(), recipe, data(), progress=False)
 
 
+@pytest.mark.parametrize("weight", ["int4/group32/scale:k6", "nf4/group32/scale:k6"])
+def test_super_blocks_without_zero_points_are_multiplied_in_integers(weight: str, tmp_path: Path) -> None:
+    recipe = {"rule": [{"type": "Linear", "weight": weight, "input": "int8/token"}, {"layers": "*", "keep": "float"}]}
+    result = nc.quantize(Mixed().eval(), recipe, data(), progress=False)
+    kernels = {row.layer: row.kernel for row in result.report.layers}
+    assert kernels["up"].startswith("linear_lowbit_dynamic")
+    first = answer(result.model)
+    assert all(torch.equal(answer(result.model), first) for _ in range(3)), "the second call may change the layout"
+    nc.save(result, tmp_path / "saved")
+    loaded = nc.load(tmp_path / "saved", into=Mixed().eval())
+    assert torch.equal(answer(getattr(loaded, "model", loaded)), first)
+
+
 def test_an_input_has_no_learned_levels() -> None:
     with pytest.raises(RecipeError, match="input 'codebook4': no kernel takes such activations"):
         nc.quantize(Mixed().eval(), {"rule": [{"weight": "int8", "input": "codebook4"}]}, data(), progress=False)

@@ -27,8 +27,8 @@ from torch import Tensor
 _EXACT = 256
 _BINS = 128
 _LLOYD_ROUNDS = 100
-# Blocks times costs held at once: 32 MB of float64.
-_AT_ONCE = 1 << 22
+# Blocks times costs held at once, in float64: a few MB, near the processor.
+_AT_ONCE = 1 << 18
 # Of a half of no size or no weight; far below any that counts.
 _TINY = 1e-30
 
@@ -133,13 +133,13 @@ def _learn(data: _Sorted, count: int) -> Tensor:
 
 def _best_runs(sums: Tensor, count: int) -> Tensor:
     """Where the best `count` runs of bins end: [rows, count + 1] among the bins, from sums [3, rows, bins + 1]."""
-    weight, moment, square = (part[:, None, :] - part[:, :, None] for part in sums)
-    cost = (square - moment.square() / weight.clamp(min=_TINY)).clamp_(min=0)
+    weight, moment, cost = (part[:, None, :] - part[:, :, None] for part in sums)
+    cost.sub_(moment.square_().div_(weight.clamp_(min=_TINY))).clamp_(min=0)
     bins = cost.shape[1] - 1
     cost.masked_fill_(torch.ones(bins + 1, bins + 1, dtype=torch.bool, device=cost.device).tril(-1), torch.inf)
     best = [cost[:, 0]]
-    for _ in range(count - 1):
-        best.append((best[-1][:, :, None] + cost).amin(1))
+    for _ in range(count - 1):  # into one tensor: new ones take longer to be given memory than to be filled
+        best.append(torch.add(best[-1][:, :, None], cost, out=weight).amin(1))
     at = cost.new_full((cost.shape[0], 1), bins, dtype=torch.int64)
     ends = [at]
     for before in reversed(best[:-1]):  # where the last run starts, then the one before it

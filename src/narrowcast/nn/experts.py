@@ -185,9 +185,10 @@ class QuantizedExperts(QuantizedModule):
             return torch.ops.narrowcast.linear_int8_dynamic(x, *terms, bias, symmetric, "none")  # type: ignore[no-any-return]
         if op == "linear_lowbit_dynamic":
             group = stored.group
-            zero_point = own.get(f"{name}_zero_point")
+            kept = f"{name}_kernel" if stored.expanded() else name
+            zero_point = own.get(f"{kept}_zero_point")
             return torch.ops.narrowcast.linear_lowbit_dynamic(  # type: ignore[no-any-return]
-                x, own[f"{name}_codes"][rows], own[f"{name}_scale"][rows],
+                x, own[f"{name}_codes"][rows], own[f"{kept}_scale"][rows],
                 None if zero_point is None else zero_point[rows], bias, stored.spec.format.name, group,
                 input_group_of(group, stored.shape[1]), "none", 0,
             )  # fmt: skip
