@@ -197,18 +197,8 @@ def measure(name: str, form: str, method: str, samples: str) -> dict[str, Any]:
     return row | json.loads(done.stdout.splitlines()[-1])
 
 
-HEADER = (
-    "model",
-    "format",
-    "method",
-    "bits",
-    "float32",
-    "score",
-    "difference",
-    "95 % interval",
-    "agreement % / cosine",
-)
-HEADER += ("SQNR dB", "seconds", "peak MB above the model")
+HEADER = ("model", "format", "method", "bits", "float32", "score", "difference", "95 % interval")
+HEADER += ("agreement % / cosine", "SQNR dB", "seconds", "peak MB above the model")
 
 
 def cells(row: dict[str, Any]) -> list[Any]:
