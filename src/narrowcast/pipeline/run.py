@@ -102,7 +102,7 @@ def quantize(
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
-    plan = make_plan(adapter, loaded, folds)
+    plan = make_plan(adapter, loaded, folds, has_data=data is not None)
     _check_has_data(plan, data)
     _check_resume(plan, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)

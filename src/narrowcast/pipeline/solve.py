@@ -173,7 +173,8 @@ def _outcome(job: Job, row: LayerPlan) -> LayerOutcome:
     built, verdict = job.modules[path]
     solved = job.solved[layer.name]
     fallen = "; ".join(part for part in (_fallen_back(row, path, calibration), _other_method(row, solved)) if part)
-    reasons = [part for part in (row.reason, fallen or _never_ran(layer, calibration)) if part]
+    chosen = f"rounded to nearest: {solved.fallback}" if row.chosen and solved.fallback else ""
+    reasons = [part for part in (row.reason, fallen or _never_ran(layer, calibration) or chosen) if part]
     return replace(
         base, outcome="fell back" if fallen else "quantized", reason="; ".join(reasons), spec=str(row.weight),
         input=built.treatment[1], method=solved.method + (", bias corrected" if built.corrected else ""),
@@ -189,6 +190,8 @@ def speaker(layer: Layer) -> str:
 
 
 def _other_method(row: LayerPlan, solved: SolvedWeight) -> str:
+    if row.chosen:  # rounding to nearest is part of the default
+        return ""
     return f"{solved.fallback}: rtn instead of {next(iter(row.method))}" if solved.fallback else ""
 
 
