@@ -63,6 +63,19 @@ FORMATS = {
     "W3 g32": Format("int3/group32/asym"),
     "W2 g32": Format("int2/group32/asym"),
 }
+# Measured only when asked for: super-blocks and learned levels beside the formats above.
+MORE_FORMATS = {
+    "W4 k6": Format("int4/group32/asym/scale:k6"),
+    "W3 k6": Format("int3/group32/asym/scale:k6"),
+    "W2 k6": Format("int2/group32/asym/scale:k6"),
+    "W3 k6 g16": Format("int3/group16/asym/scale:k6"),
+    "W2 k6 g16": Format("int2/group16/asym/scale:k6"),
+    "W3 channel": Format("int3/channel/asym"),
+    "W2 channel": Format("int2/channel/asym"),
+    "W4 codebook": Format("codebook4/channel"),
+    "W3 codebook": Format("codebook3/channel"),
+    "W2 codebook": Format("codebook2/channel"),
+}
 # What a recipe says besides formats.
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -153,17 +166,21 @@ def cell(name: str, form: str, method: str, samples: str) -> dict[str, Any]:
     data = kit.calibration() if METHODS[method].get("data", True) else None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    quantized = nc.quantize(model, recipe_of(FORMATS[form], method), data=data, progress=False)
+    quantized = nc.quantize(model, recipe_of((FORMATS | MORE_FORMATS)[form], method), data=data, progress=False)
     seconds = time.perf_counter() - started
     outputs = kit.outputs(quantized.model, chosen)
     first, second = losses(kit, expected, chosen), losses(kit, outputs, chosen)
     difference = score(kit, second) - score(kit, first)
+    solved = [row for row in quantized.report.layers if row.outcome in ("quantized", "fell back")]
     return {
         "float32": score(kit, first),
         "score": score(kit, second),
         "difference": difference,
         "interval": interval(kit, first, second),
         **compare_outputs(kit, expected, outputs),
+        "bits": round(
+            sum(row.bits_per_weight * row.parameters for row in solved) / sum(r.parameters for r in solved), 3
+        ),
         "seconds": round(seconds, 1),
         "peak_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024),
         "fell_back": [f"{row.layer}: {row.reason}" for row in quantized.report.layers if row.outcome == "fell back"],
@@ -180,7 +197,17 @@ def measure(name: str, form: str, method: str, samples: str) -> dict[str, Any]:
     return row | json.loads(done.stdout.splitlines()[-1])
 
 
-HEADER = ("model", "format", "method", "float32", "score", "difference", "95 % interval", "agreement % / cosine")
+HEADER = (
+    "model",
+    "format",
+    "method",
+    "bits",
+    "float32",
+    "score",
+    "difference",
+    "95 % interval",
+    "agreement % / cosine",
+)
 HEADER += ("SQNR dB", "seconds", "peak MB above the model")
 
 
@@ -191,7 +218,7 @@ def cells(row: dict[str, Any]) -> list[Any]:
     fidelity = row.get("agreement", row.get("cosine"))
     low, high = row["interval"]
     return [
-        *(row[key] for key in ("model", "format", "method")),
+        *(row[key] for key in ("model", "format", "method", "bits")),
         *(results_io.rounded(row[key], 3) for key in ("float32", "score", "difference")),
         f"{low:.3f} .. {high:.3f}",
         results_io.rounded(fidelity, 2 if "agreement" in row else 5),
@@ -210,7 +237,7 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]], skipped: list[st
 def options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = results_io.arguments(__doc__ or "", ())
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS | MORE_FORMATS, default=list(FORMATS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--cell", nargs=4, metavar=("MODEL", "FORMAT", "METHOD", "SAMPLES"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -284,7 +284,8 @@ def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:
     else:
         remedy = (
             "linear layers run with 'int8/channel' and any of these inputs, or with 'int8/token' and int2..int6, nf4, "
-            "fp4_e2m1 or symmetric int8 per channel or in groups of a multiple of 16, with scales in fp16 or fp32"
+            "fp4_e2m1 or symmetric int8 per channel or in groups of a multiple of 16, with scales in fp16, fp32 or, "
+            "without 'asym', k6"
         )
     return (
         f"layer {layer.name!r} ({layer.type}): no integer kernel multiplies weights in {str(spec)!r} with inputs in "

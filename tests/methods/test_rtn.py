@@ -13,6 +13,9 @@ from narrowcast.methods import Rtn, Seen
 from narrowcast.methods.base import relative_importance
 
 SPECS = (
+    "int4/group32/asym/scale:k6",
+    "int2/group16/asym/scale:k6",
+    "int6/group16/scale:k6",
     "int8/channel",
     "int8/channel/asym",
     "uint8/tensor",

@@ -25,12 +25,14 @@ EVERY_FORMAT = (
     "int4/group32/asym", "int4/group64", "int4/group24/asym", "int4/group32/scale:int8",
     "int3", "int3/group16/asym", "int2", "int2/group8/asym", "uint4", "uint4/group32",
     "nf4/group32", "nf4/group64/scale:int8", "fp4_e2m1/group16", "mxfp4", "mxfp8",
+    "int4/group32/asym/scale:k6", "int3/group16/scale:k6", "nf4/group64/scale:k6",
+    "codebook4", "codebook3/group32", "codebook2/tensor",
 )  # fmt: skip
 INT8_PER_ROW = ("int8", "int8/tensor", "int6", "int5", "int4", "int3", "int2", "int8/scale:fp16")
 LOW_BIT = (
     "int8/group32", "int6", "int5", "int4", "int4/scale:fp16", "int4/asym/scale:fp16", "int4/group32",
     "int4/group32/asym", "int4/group64", "int3", "int3/group16/asym", "int2", "uint4/group32", "nf4/group32",
-    "fp4_e2m1/group16",
+    "fp4_e2m1/group16", "int3/group16/scale:k6", "int6/group32/asym/scale:k6", "nf4/group64/scale:k6",
 )  # fmt: skip
 DYNAMIC = Activation(QuantSpec.parse("int8/token"))
 ASYMMETRIC = Activation(QuantSpec.parse("uint8/token"))

@@ -6,10 +6,13 @@ from narrowcast.core.affine import (
     dequantize,
     quantize,
     quantize_blocks,
+    quantize_learned,
     round_scale,
+    round_zero_point,
     split_int8_scale,
 )
 from narrowcast.core.channels import spread_channels
+from narrowcast.core.codebook import nearest_levels
 from narrowcast.core.formats import FORMATS, NumberFormat, all_finite, number_format
 from narrowcast.core.granularity import (
     Granularity,
@@ -28,7 +31,8 @@ from narrowcast.core.granularity import (
 from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
 from narrowcast.core.packing import pack, packed_width, unpack
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
-from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks
+from narrowcast.core.super_blocks import split_super_scale, spread_super_scale
+from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks, level_values
 
 __all__ = [
     "FORMATS",
@@ -53,16 +57,22 @@ __all__ = [
     "expand_to_matrix",
     "from_blocks",
     "kl_divergence",
+    "level_values",
+    "nearest_levels",
     "number_format",
     "pack",
     "packed_width",
     "parse_granularity",
     "quantize",
     "quantize_blocks",
+    "quantize_learned",
     "round_scale",
+    "round_zero_point",
     "scale_shape",
     "split_int8_scale",
+    "split_super_scale",
     "spread_channels",
+    "spread_super_scale",
     "sqnr_db",
     "to_blocks",
     "unpack",

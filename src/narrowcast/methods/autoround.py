@@ -62,6 +62,7 @@ class AutoRound:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"block"})
+    takes_levels: ClassVar[bool] = False
     iterations: int = 200
     batch: int = 0
     held_out: float = 0.125

@@ -51,9 +51,15 @@ Need = Literal["hessian", "drift", "inputs", "block"]
 
 
 class WeightMethod(Protocol):
-    """A weight solver: a frozen dataclass whose fields are its recipe keys."""
+    """A weight solver: a frozen dataclass whose fields are its recipe keys.
+
+    Attributes:
+        needs: what it must be given besides weight, format and importance.
+        takes_levels: whether it works on formats with learned levels; else round-to-nearest stands in, with a reason.
+    """
 
     needs: ClassVar[frozenset[Need]]
+    takes_levels: ClassVar[bool]
 
     def solve(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Solved:
         """The codes, scales and zero points that stand for `weight`, and what is to be said of them.
@@ -99,9 +105,10 @@ class Block(Protocol):
 
 
 class BlockMethod(Protocol):
-    """A solver that works on all layers of a block together."""
+    """A solver that works on all layers of a block together; see `WeightMethod` for what it says of itself."""
 
     needs: ClassVar[frozenset[Need]]
+    takes_levels: ClassVar[bool]
 
     def solve_block(self, block: Block) -> dict[str, Solved]:
         """Every layer of the block, by name."""

@@ -22,7 +22,7 @@ Source:
     Offsets and range factors: AutoRound (Cheng et al. 2023, arXiv:2309.05516, eq. 3). Gradient of the scale: LSQ
     (Esser et al. 2019, arXiv:1902.08153), of the zero point: LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576). Differs:
     the ends move by steps and from a searched range, not as factors in [0, 1] of the full range; the scale is rounded
-    to its format and the zero point to an integer in training.
+    to its format and the zero point to its own in training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, QuantSpec, from_blocks, round_scale, to_blocks
+from narrowcast.core import QuantizedTensor, QuantSpec, from_blocks, round_scale, round_zero_point, to_blocks
 from narrowcast.core.formats import NumberFormat
 
 # A scale that training shrinks further would lose the block; the full range is at most code_high times the scale.
@@ -96,7 +96,7 @@ class LearnedWeight:
         scale = self.start_scale * (1 + (self.ends[1] - self.ends[0]) / codes)
         scale = _through(torch.clamp(scale, smallest, largest), spec)
         low = self.start_scale * (spec.code_low - self.start_zero + self.ends[0])
-        return scale, _through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.code_high), None)
+        return scale, _through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.zero_high), spec, zero=True)
 
 
 def distinct_levels(number: NumberFormat) -> Tensor:
@@ -119,9 +119,9 @@ def _round(
     """Code minus zero point (or the level) of w / s [.., elements], and the gap between levels; 0 where clamped."""
     if levels is not None:
         return _round_to_levels(scaled, offset, levels)
-    nearest = (scaled + offset).round_()
-    shift = 0.0 if zero is None else zero.unsqueeze(-1)
-    codes = nearest + shift
+    shift = torch.zeros(()) if zero is None else zero.unsqueeze(-1)
+    nearest = scaled + offset
+    codes = nearest.round_() + shift if spec.zero_step == 1 else nearest.add_(shift).round_().add_(0.0)
     kept = codes.clamp(spec.code_low, spec.code_high)
     return kept - shift, (codes == kept).to(torch.float32)
 
@@ -154,10 +154,13 @@ def neighbours(weight: Tensor, record: QuantizedTensor) -> tuple[Tensor, Tensor]
         below = torch.searchsorted(levels, scaled, right=True) - 1
         last = levels.numel() - 1
         return levels[below.clamp(0, last)], levels[(below + (scaled != levels[below])).clamp(0, last)]
-    shift = 0.0 if record.zero_point is None else record.zero_point.unsqueeze(-1).to(torch.float32)
-    below, above = (
-        (codes + shift).clamp_(spec.code_low, spec.code_high) - shift for codes in (scaled.floor(), scaled.ceil())
-    )
+    shift = torch.zeros(()) if record.zero_point is None else record.zero_point.unsqueeze(-1).to(torch.float32)
+    if spec.zero_step != 1:
+        scaled = scaled + shift
+        ends = scaled.floor(), scaled.ceil()
+    else:
+        ends = scaled.floor() + shift, scaled.ceil() + shift
+    below, above = (codes.clamp(spec.code_low, spec.code_high) - shift for codes in ends)
     return below, above
 
 
@@ -172,7 +175,7 @@ def _encoded(
     steps: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
 ) -> QuantizedTensor:
     codes = spec.format.encode(steps if zero is None else steps + zero.unsqueeze(-1))
-    zero_point = None if zero is None else zero.to(torch.int32)
+    zero_point = None if zero is None else round_zero_point(zero, spec)
     return QuantizedTensor(from_blocks(codes, spec.granularity, shape), scale, zero_point, spec)
 
 
@@ -212,18 +215,18 @@ class _Rounded(torch.autograd.Function):
         return None, in_steps * gap, of_scale, of_zero, None, None
 
 
-def _through(values: Tensor, spec: QuantSpec | None) -> Tensor:
-    rounded: Tensor = _Through.apply(values, spec)  # type: ignore[no-untyped-call]
+def _through(values: Tensor, spec: QuantSpec, *, zero: bool = False) -> Tensor:
+    rounded: Tensor = _Through.apply(values, spec, zero)  # type: ignore[no-untyped-call]
     return rounded
 
 
 class _Through(torch.autograd.Function):
-    """Rounds to the scale format of a spec, or to whole numbers without one; the gradient passes unchanged."""
+    """Rounds to the scales, or the zero points, that a spec can hold; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, spec: QuantSpec | None) -> Tensor:
-        return values.round() if spec is None else round_scale(values, spec)
+    def forward(ctx: Any, values: Tensor, spec: QuantSpec, zero: bool) -> Tensor:
+        return round_zero_point(values, spec).to(torch.float32) if zero else round_scale(values, spec)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], None
+        return gradients[0], None, None

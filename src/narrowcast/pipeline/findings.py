@@ -60,7 +60,7 @@ def judge_length(plan: Plan, positions: Mapping[str, float]) -> list[Finding]:
 
 
 def _needed(row: LayerPlan) -> tuple[str, int]:
-    if row.weight is not None and row.weight.format.scaled and make_method(row.method).needs:
+    if row.weight is not None and not row.weight.format.is_cast and make_method(row.method).needs:
         name = next(iter(row.method))
         if row.chosen:
             return (
