@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowcast.core import PerChannel
 from narrowcast.methods import Rtn
 from narrowcast.models import Layer, TorchModel
 from narrowcast.models.modules import get_module
@@ -202,7 +203,7 @@ def _fallen_back(row: LayerPlan, path: str, calibration: Calibration) -> str:
         return ""
     if not calibration.ran(path):
         return "it never ran in calibration, so it has no static range; its range is found at run time"
-    if path not in calibration.channel_ranges and str(row.input.spec).startswith("uint8/channel"):
+    if path not in calibration.channel_ranges and isinstance(row.input.spec.granularity, PerChannel):
         return "tied weights cannot take in the scales of several inputs; one range for all channels"
     return ""
 
