@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ class Activation:
         if self.scale is None or self.scale.numel() == 1:
             return None
         return self.scale / self.scale.max()
+
+    def scaled(self, factor: float) -> Activation:
+        """The same with a static scale multiplied by a factor; the codes of 0.0 and ratios of channels stay."""
+        assert self.scale is not None
+        return replace(self, scale=self.scale * torch.tensor(factor))
 
 
 FLOAT = Activation()

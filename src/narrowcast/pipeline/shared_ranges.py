@@ -68,6 +68,12 @@ class SharedRanges:
             return [(adapted[0][0], f"{static[0][0].spec} as the other readers of the same image")]
         return adapted
 
+    def is_alone(self, path: str) -> bool:
+        """Whether no other convolution reads any part of the image that this one reads."""
+        mine = {origin.name for call in self.origins.get(path, ()) for origin in call}
+        others = (calls for other, calls in self.origins.items() if other != path)
+        return not any(origin.name in mine for calls in others for call in calls for origin in call)
+
     def choose(self, path: str, activation: Activation) -> None:
         """Remember what a convolution's input was given, for the other readers of the image."""
         if activation.scale is None or activation.zero_point is None:
