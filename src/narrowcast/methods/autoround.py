@@ -10,8 +10,8 @@ from most samples; the error on the samples held out decides which iterate is ke
 result is never worse than round-to-nearest there.
 
 Where inputs of layers have static ranges f is the block with rounded inputs. A factor on the scale of each such input
-that no other layer shares is trained with the rest, and every step leaves a random part of the values of these inputs
-unrounded, which keeps what is learned from leaning on the errors of the samples at hand.
+that no other layer shares is trained with the rest. With `drop` every step leaves a random part of the values of these
+inputs unrounded, so that what is learned leans less on the errors of the samples at hand.
 
 Source:
     Cheng et al. 2023, arXiv:2309.05516, eq. 3-5 and algorithm 1. Differs, each by measurement on a block of a small
@@ -22,7 +22,10 @@ Source:
     offsets beyond 1/2 (0.0283 at 1), a penalty on the weights' error (0.0277), leaving a random part of the weights
     float in each step (0.0298), a start from AdaRound's codes (0.0262 against 0.0257), AdaRound's relaxation in place
     of offsets (0.0347 after as many steps). Inputs: QDrop (Wei et al. 2022, arXiv:2203.05740), with the gradient of LSQ
-    for the scales; the block's own input is always that of the quantized blocks before it.
+    for the scales; the block's own input is always that of the quantized blocks before it. Of ResNet-20 with 4-bit
+    weights and inputs, 64 images not trained on (SQNR of the logits): scales trained 16.9 dB, not 16.5; a quarter
+    dropped 16.6 against 16.5 (with scales trained, on other images, 17.04 against 17.11), half 15.9. So nothing is
+    dropped unless asked: a few hundred steps are too few to gain by it.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ class AutoRound:
     offset_travel: float = 2.0
     range_travel: float = 0.5
     input_travel: float = 0.5
-    drop: float = 0.5
+    drop: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

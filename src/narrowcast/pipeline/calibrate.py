@@ -50,6 +50,7 @@ class Calibration:
         channel_ranges: range observer of each module with a static range per input channel, by path.
         magnitudes: channel magnitudes at the input of each module, by path.
         evidence: what the pass through a block saw, by path; only while the block is worked on.
+        means: mean of each input channel of a layer as BatchNorms before it say, by path; only where there is no data.
     """
 
     observation: Observation = field(default_factory=Observation)
@@ -57,6 +58,7 @@ class Calibration:
     channel_ranges: dict[str, ChannelRange] = field(default_factory=dict)
     magnitudes: dict[str, ChannelMagnitude] = field(default_factory=dict)
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def ran(self, path: str) -> bool:
         """Whether the module ran at all."""
