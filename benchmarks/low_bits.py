@@ -47,17 +47,25 @@ class Format:
         weight: of linear layers.
         convolution: of convolutions; "" where they keep `weight`.
         input: of the layers' inputs; "" leaves them float.
+        ends: of the first and the last layer, weights and inputs, as this field leaves them in more bits; ("", "")
+            gives them the format of all others.
     """
 
     weight: str
     convolution: str = ""
     input: str = ""
+    ends: tuple[str, str] = ("", "")
 
 
 FORMATS = {
     "W8A8 static": Format("int8/channel", input="uint8/channel static:minmax"),
     "W8A8 dynamic": Format("int8/channel", input="uint8/token"),
     "W4A8": Format("int4/group32/asym", "int4/channel", "int8/token"),
+    # ranges per channel would go into the weights, which have no codes to spare
+    "W4A8 static": Format("int4/channel", input="uint8/tensor static:mse"),
+    "W4A4": Format(
+        "int4/channel", input="uint4/tensor static:mse", ends=("int8/channel", "uint8/tensor static:minmax")
+    ),
     "W4 channel": Format("int4/channel/asym"),
     "W4 g32": Format("int4/group32/asym"),
     "W3 g32": Format("int3/group32/asym"),
@@ -75,6 +83,12 @@ MORE_FORMATS = {
     "W4 codebook": Format("codebook4/channel"),
     "W3 codebook": Format("codebook3/channel"),
     "W2 codebook": Format("codebook2/channel"),
+}
+ENDS = {
+    "resnet20": ["conv1", "linear"],
+    "mobilenetv1": ["stem.0", "classifier"],
+    "mobilenetv2": ["stem", "classifier"],
+    "squeezenet11": ["conv1", "conv10"],
 }
 # What a recipe says besides formats.
 METHODS: dict[str, dict[str, Any]] = {
@@ -95,14 +109,16 @@ CONVOLUTIONAL = ("equalize + rtn", "equalize + autoround")
 ATTENTION = ("awq + rtn", "awq + gptq", "smoothquant + rtn")
 
 
-def applies(kit: KitModel, method: str) -> bool:
+def applies(kit: KitModel, form: str, method: str) -> bool:
     """Whether a combination is about this kind of model."""
+    if FORMATS[form].ends[0] and kit.name not in ENDS:
+        return False
     if method in CONVOLUTIONAL:
         return kit.kind == "cnn"
     return method not in ATTENTION or kit.kind in ("encoder", "decoder")
 
 
-def recipe_of(form: Format, method: str) -> dict[str, Any]:
+def recipe_of(name: str, form: Format, method: str) -> dict[str, Any]:
     """The recipe document of one cell."""
     options = METHODS[method]
     solver = {"method": options["method"]} if "method" in options else {}
@@ -110,6 +126,8 @@ def recipe_of(form: Format, method: str) -> dict[str, Any]:
         {"role": role, "keep": "float32, as the peers leave it", "optional": True} for role in ("embedding", "tied")
     ]
     given = {"input": form.input} if form.input else {}
+    if form.ends[0]:
+        rules.append({"layers": ENDS[name], "weight": form.ends[0], "input": form.ends[1]})
     if form.convolution:
         rules.append({"type": "Conv2d", "weight": form.convolution, **given, **solver, "optional": True})
     rules.append({"weight": form.weight, **given, **solver})
@@ -166,7 +184,8 @@ def cell(name: str, form: str, method: str, samples: str) -> dict[str, Any]:
     data = kit.calibration() if METHODS[method].get("data", True) else None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    quantized = nc.quantize(model, recipe_of((FORMATS | MORE_FORMATS)[form], method), data=data, progress=False)
+    recipe = recipe_of(name, (FORMATS | MORE_FORMATS)[form], method)
+    quantized = nc.quantize(model, recipe, data=data, progress=False)
     seconds = time.perf_counter() - started
     outputs = kit.outputs(quantized.model, chosen)
     first, second = losses(kit, expected, chosen), losses(kit, outputs, chosen)
@@ -252,9 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     facts, skipped, rows = machine(), [], []
     for name in results_io.available(chosen.models, skipped.append):
-        methods = [method for method in chosen.methods if applies(kit_model(name), method)]
         for form in chosen.formats:
-            for method in methods:
+            for method in (method for method in chosen.methods if applies(kit_model(name), form, method)):
                 rows.append(measure(name, form, method, "quick" if chosen.quick else "held_out"))
                 print(*(value for value in cells(rows[-1]) if value is not None), flush=True)
     complete = not chosen.quick and [*chosen.models] == list(KIT_NAMES) and set(chosen.methods) == set(METHODS)

@@ -159,7 +159,8 @@ class Recipe:
         rules: in order.
         name: for reports.
         fold_batchnorm: whether BatchNorm is folded into the convolution before it.
-        correct_bias: whether, with data, the mean error of each layer is taken out through its bias.
+        correct_bias: whether the mean error of each layer is taken out through its bias: as measured with data,
+            without as the BatchNorms before it tell.
         fuse: whether layers take in the operations that follow them: chains of static convolutions run as one network
             with 8-bit activations between them, linear layers apply the activation function behind them.
         sequential: whether each block of the model is quantized on what the quantized blocks before it give; "auto"
