@@ -23,6 +23,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=tools, default=tools, help="narrowcast and other tools")
     parser.add_argument("--peer-python", default=python, help="the other tools' (default: $NARROWCAST_PEERS_PYTHON)")
     parser.add_argument("--fresh", action="store_true", help="measure again what build/benchmarks/low_bits has")
+    parser.add_argument("--known", action="store_true", help="measure nothing: the page of what is known so far")
     parser.add_argument("--limit-seconds", type=float, help="stop a cell after so long")
     parser.add_argument("--cell", nargs=4, metavar=("MODEL", "FORMAT", "METHOD", "SAMPLES"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -168,8 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     versions = low_bits_peers.versions(chosen.tools, chosen.peer_python, skipped.append)
     cells = cells_of(chosen, names, versions)
     rows = low_bits_cells.run_all(
-        cells, fresh=chosen.fresh, limit=chosen.limit_seconds, show=lambda line: print(line, flush=True)
+        cells, fresh=chosen.fresh, known_only=chosen.known, limit=chosen.limit_seconds, show=partial(print, flush=True)
     )
+    if len(rows) < len(cells):
+        skipped.append(f"{len(cells) - len(rows)} of {len(cells)} cells are not measured yet and left out.")
     ours = OURS in chosen.tools
     complete = not chosen.quick and set(chosen.models) == set(KIT_NAMES) and set(chosen.formats) == set(FORMATS)
     complete &= set(PEERS) <= set(chosen.tools) and (not ours or set(chosen.methods) == set(METHODS))

@@ -110,6 +110,7 @@ def run_all(
     cells: list[Cell],
     *,
     fresh: bool = False,
+    known_only: bool = False,
     limit: float | None = None,
     folder: Path = CACHE,
     show: Callable[[str], None] = print,
@@ -119,16 +120,19 @@ def run_all(
     Args:
         cells: what to measure.
         fresh: whether to measure what an earlier run has measured already.
+        known_only: whether to leave out what no earlier run has measured.
         limit: seconds after which a cell is stopped; None for no limit.
         folder: where rows are kept, one file per cell.
         show: called with one line per cell.
 
     Returns:
-        One row per cell.
+        One row per cell, or per known cell.
     """
     known = {} if fresh else {cell: row for cell in cells if (row := remembered(cell, folder, limit))}
     left = [cell for cell in cells if cell not in known]
     show(f"{len(cells)} cells, {len(known)} of them known from {folder}")
+    if known_only:
+        return [known[cell] for cell in cells if cell in known]
     folder.mkdir(parents=True, exist_ok=True)
     done: list[Row] = []
     for number, cell in enumerate(left, 1):

@@ -57,8 +57,8 @@ def with_twins(rows: list[Row]) -> list[Row]:
     ]
 
 
-def not_offered(models: Iterable[str], formats: Iterable[str], tools: Iterable[str]) -> str:
-    """A table of what the tools have no method for."""
+def not_offered(models: Iterable[str], formats: Iterable[str], tools: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Tool, kind of model and the formats that the tool has no method for."""
     lines = []
     for tool in (tool for tool in tools if tool in PEERS):
         for kind in dict.fromkeys(kit_model(name).kind for name in models):
@@ -66,7 +66,7 @@ def not_offered(models: Iterable[str], formats: Iterable[str], tools: Iterable[s
             lacking = [form for form in formats if not any(form in offered for offered in offers)]
             if lacking:
                 lines.append((tool, kind, ", ".join(lacking)))
-    return results_io.table(("tool", "kind of model", "not offered"), lines)
+    return lines
 
 
 def targets_section(rows: list[Row]) -> list[str]:
@@ -113,6 +113,10 @@ def markdown(
             *(["## Other tools", "\n".join(tools)] if tools else []),
             "## Cells",
             results_io.table(HEADER, map(cells, rows)),
-            *(["## Not offered", lacking] if tools else []),
+            *(
+                ["## Not offered", results_io.table(("tool", "kind of model", "not offered"), lacking)]
+                if lacking
+                else []
+            ),
         ],
     )
