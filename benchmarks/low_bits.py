@@ -8,8 +8,7 @@
 Each cell is measured in a process of its own, so peak memory is that of one method. Weights of attention, feed-forward
 and convolution layers get the format; embeddings, and heads tied to one, stay float32, as the peers leave them.
 Scores are those of samples that calibration did not see; the interval of the difference to float32 is that of a paired
-bootstrap over images, sentence pairs or whole stories. Seconds are worth less where the load average says that others
-used the machine.
+bootstrap over images, sentence pairs or whole stories.
 
 Finished cells are kept in build/benchmarks/low_bits, so an interrupted run goes on where it was; --fresh starts over.
 """

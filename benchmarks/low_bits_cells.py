@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import REPOSITORY
+from benchmarks.results_io import load_average
 
 Row = dict[str, Any]
 CACHE = REPOSITORY / "build" / "benchmarks" / "low_bits"
@@ -65,16 +67,17 @@ def digest(patterns: Iterable[str], *more: object) -> str:
 def measure(cell: Cell, limit: float | None) -> Row:
     """The row of one cell, from a process of its own; one that fails or is stopped says so."""
     started = time.perf_counter()
+    known = cell.row | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": load_average()}
     try:
         done = subprocess.run(
             cell.command, capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=limit, errors="replace"
         )
     except subprocess.TimeoutExpired:
-        return cell.row | {"stopped": limit, "wall": limit}
+        return known | {"stopped": limit, "wall": limit}
     wall = {"wall": round(time.perf_counter() - started, 1)}
     if done.returncode != 0:
-        return cell.row | wall | {"failed": last_words(done.stderr)}
-    return cell.row | wall | json.loads(done.stdout.splitlines()[-1])
+        return known | wall | {"failed": last_words(done.stderr)}
+    return known | wall | json.loads(done.stdout.splitlines()[-1])
 
 
 def last_words(text: str) -> str:

@@ -87,6 +87,18 @@ def targets_section(rows: list[Row]) -> list[str]:
     return section
 
 
+def when(rows: list[Row]) -> str:
+    """Between which moments, and beside how much other work, the cells were measured."""
+    dated = [row for row in rows if "date" in row]
+    if not dated:
+        return ""
+    dates, loads = sorted(row["date"] for row in dated), sorted(row["load"] for row in dated)
+    return (
+        f"Cells measured {dates[0]} to {dates[-1]} at load averages {loads[0]} to {loads[-1]}: "
+        "above 1, seconds are those of a shared machine."
+    )
+
+
 def markdown(
     facts: dict[str, Any], document: dict[str, Any], description: str, *, models: list[str], formats: list[str]
 ) -> str:
@@ -108,6 +120,7 @@ def markdown(
         facts,
         [
             description,
+            *([when(rows)] if when(rows) else []),
             *document["skipped"],
             *section,
             *(["## Other tools", "\n".join(tools)] if tools else []),
