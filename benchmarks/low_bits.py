@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(rows) < len(cells):
         skipped.append(f"{len(cells) - len(rows)} of {len(cells)} cells are not measured yet and left out.")
     ours = OURS in chosen.tools
-    complete = not chosen.quick and set(chosen.models) == set(KIT_NAMES) and set(chosen.formats) == set(FORMATS)
+    complete = len(rows) == len(cells) and not chosen.quick
+    complete &= set(chosen.models) == set(KIT_NAMES) and set(chosen.formats) == set(FORMATS)
     complete &= set(PEERS) <= set(chosen.tools) and (not ours or set(chosen.methods) == set(METHODS))
     folder = chosen.out or results_io.folder_of(complete)
     document = {"machine": facts, "versions": versions, "skipped": skipped, "rows": rows}

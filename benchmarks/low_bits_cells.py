@@ -87,14 +87,15 @@ def last_words(text: str) -> str:
     return (errors or lines or ["no message"])[-1][:300]
 
 
-def remembered(cell: Cell, folder: Path, limit: float | None) -> Row | None:
-    """The row of an earlier run of the same source; failures, and stops under a shorter limit, are tried again."""
+def remembered(cell: Cell, folder: Path) -> Row | None:
+    """The row of an earlier run of the same source."""
     path = cell.file(folder)
-    if not path.exists():
-        return None
-    row: Row = json.loads(path.read_text(encoding="utf-8"))
-    tried_longer = "stopped" in row and (limit is None or limit > row["stopped"])
-    return None if "failed" in row or tried_longer else row
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def settled(row: Row, limit: float | None) -> bool:
+    """Whether a row need not be measured again: failures, and stops under a shorter limit, are tried again."""
+    return "failed" not in row and not ("stopped" in row and (limit is None or limit > row["stopped"]))
 
 
 def remaining(left: list[Cell], done: list[Row]) -> float:
@@ -123,7 +124,7 @@ def run_all(
     Args:
         cells: what to measure.
         fresh: whether to measure what an earlier run has measured already.
-        known_only: whether to leave out what no earlier run has measured.
+        known_only: whether to leave out what no earlier run has measured; what failed then is a row.
         limit: seconds after which a cell is stopped; None for no limit.
         folder: where rows are kept, one file per cell.
         show: called with one line per cell.
@@ -131,11 +132,12 @@ def run_all(
     Returns:
         One row per cell, or per known cell.
     """
-    known = {} if fresh else {cell: row for cell in cells if (row := remembered(cell, folder, limit))}
+    found = {} if fresh else {cell: row for cell in cells if (row := remembered(cell, folder))}
+    if known_only:
+        return list(found.values())
+    known = {cell: row for cell, row in found.items() if settled(row, limit)}
     left = [cell for cell in cells if cell not in known]
     show(f"{len(cells)} cells, {len(known)} of them known from {folder}")
-    if known_only:
-        return [known[cell] for cell in cells if cell in known]
     folder.mkdir(parents=True, exist_ok=True)
     done: list[Row] = []
     for number, cell in enumerate(left, 1):

@@ -128,6 +128,8 @@ def test_a_cell_that_failed_says_why_and_is_tried_again(tmp_path) -> None:
     broken = cell(tmp_path, code="raise ValueError('group 32 does not divide 172')")
     assert run([broken], tmp_path)[0][0]["failed"] == "ValueError: group 32 does not divide 172"
     assert run([broken], tmp_path)[1] == 2
+    rows, runs = run([broken], tmp_path, known_only=True)
+    assert (rows[0]["method"], "failed" in rows[0], runs) == ("hqq", True, 2)
 
 
 def test_a_stopped_cell_is_tried_again_only_with_more_time(tmp_path) -> None:
