@@ -44,6 +44,17 @@ def made(spec: str, rows: int, columns: int, activation: Activation = FLOAT, *, 
     return QuantizedLinear(QuantSpec.parse(spec), (rows, columns), activation, record=record(weight, spec), bias=offset)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_four_bit_inputs_clip_at_their_range_in_the_integer_kernel(per_channel: bool) -> None:
+    x = noise(5, 76) * torch.linspace(0.2, 2, 76)
+    activation = static_activation(0.5 * x, -1, per_channel=per_channel, format="uint4")
+    module = made("int4", 10, 76, activation)
+    close(module(x), linear(as_the_kernel_sees(x, activation, -1), module.weight, module.bias))
+    assert module.kernel.startswith("linear_int8_static")
+    with pytest.raises(RuntimeError, match="Non-finite"):
+        module(x / 0)
+
+
 @pytest.mark.parametrize("spec", EVERY_FORMAT)
 def test_float_inputs_meet_the_dequantized_weight(spec: str) -> None:
     x = noise(2, 3, 76)

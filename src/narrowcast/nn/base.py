@@ -112,6 +112,21 @@ class QuantizedModule(InstalledModule):
         """The treatment of the input, with the ranges that the buffers hold."""
         return Activation(self.activation.spec, self.input_scale, self.input_zero_point)
 
+    def within_codes(self, x: Tensor, channel_dim: int) -> Tensor:
+        """The input as a kernel whose codes go to 255 may have it: clamped to what fewer static codes can say.
+
+        Args:
+            x: the input; what is not finite stays so, for the op to refuse.
+            channel_dim: of the channels of `x`.
+        """
+        ranges = self.input_ranges()
+        if ranges.scale is None or ranges.zero_point is None or ranges.code_high == 255:
+            return x
+        shape = [1] * x.dim()
+        shape[channel_dim] = ranges.scale.numel()
+        scale, zero = ranges.scale.view(shape), ranges.zero_point.view(shape).to(torch.float32)
+        return (x.clamp(-zero * scale, (ranges.code_high - zero) * scale) + 0.0 * x).to(x.dtype)
+
     def kernel_terms(self, name: str, *, groups: int = 1) -> dict[str, Tensor]:
         """What the int8 kernels want of a weight besides panels: codes, output scale, sum of zero points, inverse.
 

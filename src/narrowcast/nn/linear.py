@@ -96,6 +96,7 @@ class QuantizedLinear(QuantizedModule):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._symmetric = activation.mode == "dynamic"
         self._op = linear_op(spec, shape, activation.mode)
+        self._narrow = activation.mode == "static" and activation.code_high < 255
         group = self.stored("weight").group
         self.kernel_groups = (spec.format.name, group, input_group_of(group, shape[1]))
         # in super-blocks what `prepare_` has spread out
@@ -178,6 +179,7 @@ class QuantizedLinear(QuantizedModule):
                 *own["kernel_groups"], own["fused"], own["out_features"] if weight.dim() == 4 else 0,
             )  # fmt: skip
         if op == "linear_int8_static":
+            x = self.within_codes(x, -1) if own["_narrow"] else x
             return _INT8_STATIC(  # type: ignore[no-any-return]
                 x, buffers["kernel_codes"], buffers["kernel_scale"], buffers["kernel_zero_sum"], buffers["bias"],
                 buffers["kernel_input_inverse"], buffers["kernel_input_zero"], own["fused"],

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from narrowcast.core import sqnr_db
 from narrowcast.errors import ContractError, DataError, ModelError, RecipeError
 from narrowcast.export.checkpoint_tensors import source_hash
-from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
+from narrowcast.models import FoldReport, TorchModel, expected_inputs, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
@@ -102,7 +102,7 @@ def quantize(
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
-    plan = make_plan(adapter, loaded, folds)
+    plan = make_plan(adapter, loaded, folds, has_data=data is not None)
     _check_has_data(plan, data)
     _check_resume(plan, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
@@ -110,10 +110,12 @@ def quantize(
     doctor = None if probe is None else Doctor.of(adapter, plan, probe)
     if doctor is not None:
         batches = doctor.read(data, batches, strict=strict)
+    means = _means_behind_norms(adapter, loaded, probe)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     transformed = transform(adapter, plan, batches, probe)
     notes += transformed.notes
     calibration, recording, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
+    calibration.means = means
     notes += calibration.observation.notes
     journal = _journal(resume, plan, source, calibration, recording)
     outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
@@ -244,6 +246,16 @@ def _find_folds(adapter: TorchModel, recipe: Recipe, probe: Any) -> FoldReport:
     if not recipe.fold_batchnorm:
         return FoldReport()
     return find_pairs(adapter.model, None if probe is None else lambda: probe.run(adapter.model))
+
+
+def _means_behind_norms(adapter: TorchModel, recipe: Recipe, probe: Any) -> dict[str, Tensor]:
+    """What BatchNorms say of the inputs of layers, where there is no data to say more.
+
+    Transforms change what layers read, so behind them nothing is known.
+    """
+    if probe is not None or not recipe.correct_bias or recipe.transforms:
+        return {}
+    return expected_inputs(adapter.model)
 
 
 def _fold(adapter: TorchModel, folds: FoldReport, probe: Any) -> list[str]:

@@ -165,6 +165,8 @@ def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration
         return "the steps of a recurrent layer, or experts, are not solved as part of a block"
     if "block" in needs and row.input is not None and row.input.outliers:
         return "a layer with outlier channels is not solved as part of a block"
+    if row.chosen and (short := _too_little(row.layer, calibration)):
+        return short
     grouped = any(adapter.input_groups(site) > 1 for site in row.layer.sites)
     if not grouped or "block" in needs:
         return ""
@@ -174,6 +176,14 @@ def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration
     if not isinstance(row.weight.granularity, PerChannel | PerGroup):
         return f"the groups of a convolution are solved on their own, and {row.weight} joins their rows"
     return ""
+
+
+def _too_little(layer: Layer, calibration: Calibration) -> str:
+    """Why a default should not go by the data: fewer vectors than inputs span a part of them, and fit that alone."""
+    seen = sum(calibration.observation.positions.get(site.path, 0) for site in layer.sites)
+    if seen >= layer.shape[1]:
+        return ""
+    return f"calibration has {seen} input vectors for its {layer.shape[1]} inputs"
 
 
 def solve_weight(
