@@ -29,7 +29,7 @@ _BINS = 128
 _LLOYD_ROUNDS = 100
 # Blocks times costs held at once, in float64: a few MB, near the processor.
 _AT_ONCE = 1 << 18
-# Of a half of no size or no weight; far below any that counts.
+# A weight below this is none.
 _TINY = 1e-30
 
 
@@ -94,8 +94,7 @@ class _Sorted:
         weights = counts.gather(1, order).to(torch.float64)
         self.values = ordered.to(torch.float64)
         # around the row's mean: the cost is a small difference of these sums
-        total = weights.sum(1, keepdim=True).clamp(min=_TINY)
-        self.mean = (weights * self.values).sum(1, keepdim=True) / total
+        self.mean = _total(weights * self.values) / _total(weights).clamp(min=_TINY)
         centred = self.values - self.mean
         parts = torch.stack([weights, weights * centred, weights * centred.square()])
         self.sums = torch.nn.functional.pad(parts.cumsum(-1), (1, 0))
@@ -118,6 +117,11 @@ class _Sorted:
         weight, moment = (part.gather(1, ends).diff(dim=1) for part in self.sums[:2])
         there = self.values.gather(1, ends[:, :-1].clamp(max=self.values.shape[1] - 1))
         return torch.where(weight > _TINY, moment / weight.clamp(min=_TINY) + self.mean, there)
+
+
+def _total(terms: Tensor) -> Tensor:
+    """The sum of every row [rows, 1] from left to right: `sum` may split a row between threads."""
+    return terms.cumsum(1)[:, -1:]
 
 
 def _learn(data: _Sorted, count: int) -> Tensor:
