@@ -66,6 +66,15 @@ def test_zeros_that_fill_up_the_last_group_do_not_move_its_zero_point() -> None:
     assert float((together - weight[:, 32:]).square().sum()) < 2 * float((alone - weight[:, 32:]).square().sum())
 
 
+@pytest.mark.parametrize("text", ["int4/group32/scale:k6", "int4/group32/asym/scale:k6"])
+@pytest.mark.parametrize("largest", [2.8e7, 1e-6])
+def test_the_ends_of_float16_are_no_ends_of_the_search(text: str, largest: float) -> None:
+    weight = torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    weight = weight / weight.abs().max() * largest
+    found = Rtn().quantize(weight, QuantSpec.parse(text)).dequantize()
+    assert float((found - weight).norm() / weight.norm()) < 0.1
+
+
 @pytest.mark.parametrize("text", SPECS)
 def test_gptq_keeps_scales_that_the_format_can_store(text: str) -> None:
     weight, spec = noise(2), QuantSpec.parse(text)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _RATIOS = (1.0, 0.94, 0.96, 0.98, 1.02, 1.04, 1.06, 1.09, 1.12)
 _ROUNDS = 2
 _LARGEST_CODE = 63
+_OUTER = (2.0**-24, 65504.0)
 
 
 def share_super_scales(blocks: Blocks, plain: Candidate, best: Candidate, shape: tuple[int, int]) -> Candidate:
@@ -41,7 +42,7 @@ def share_super_scales(blocks: Blocks, plain: Candidate, best: Candidate, shape:
     Returns:
         A candidate whose scales the format holds; of no super-block is the error above that of `plain`.
     """
-    found = best.scale.reshape(shape)
+    found = best.scale.reshape(shape).clamp(max=_LARGEST_CODE * _OUTER[1])
     chosen = plain
     for ratio in _RATIOS:
         scale = _rounded(found, blocks.spec, ratio).flatten()
@@ -52,7 +53,7 @@ def share_super_scales(blocks: Blocks, plain: Candidate, best: Candidate, shape:
 def _rounded(found: Tensor, spec: QuantSpec, ratio: float) -> Tensor:
     """Scales [block_rows, block_columns] as multiples of outer scales of this part of the usual ones."""
     _, outer = split_super_scale(found, spec)
-    outer = (outer * ratio).to(torch.float16).to(torch.float32).clamp(min=2.0**-24)
+    outer = (outer * ratio).clamp(*_OUTER).to(torch.float16).to(torch.float32)
     spread = spread_super_scale(outer, spec, found.shape[1])
     return round_scale((found / spread).round().clamp(1, _LARGEST_CODE) * spread, spec)
 
