@@ -80,8 +80,9 @@ def targets_section(rows: list[Row]) -> list[str]:
         section.append(results_io.table(TARGETS, lines))
     if defaults:
         section.append(
-            "The default recipe within 10 % of the best recipe's loss, |difference to float32|. Where the best loss is "
-            "within noise (its interval contains 0) the default's interval must contain 0 too, or overlap the best's."
+            "The default recipe within 10 % of the best recipe's loss, the drop from float32 where there is one. Where "
+            "the best loss is within noise (its interval contains 0) the default's interval must contain 0 too, or "
+            "overlap the best's."
         )
         lines = [[d[key] for key in ("model", "format", "recipe", "best", "default", "verdict")] for d in defaults]
         section.append(results_io.table(DEFAULTS, lines))

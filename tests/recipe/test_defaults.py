@@ -29,6 +29,7 @@ def method_of(text: str, *, multiplied: bool = True, has_data: bool = True) -> s
         ("nf4/group64", "gptq"),
         ("int3/group32/asym", "gptq"),
         ("int2/group32/asym", "autoround"),
+        ("codebook2/channel", "gptq"),
         ("fp16", "rtn"),
         ("fp8_e4m3/channel", "rtn"),
     ],

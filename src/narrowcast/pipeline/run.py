@@ -103,10 +103,8 @@ def quantize(
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds, has_data=data is not None)
-    _check_has_data(plan, data)
-    _check_resume(plan, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
-    _check_weights(adapter, plan)
+    _check_can_start(adapter, plan, data, resume)
     doctor = None if probe is None else Doctor.of(adapter, plan, probe)
     if doctor is not None:
         batches = doctor.read(data, batches, strict=strict)
@@ -197,6 +195,13 @@ def _check_has_values(adapter: TorchModel) -> None:
                 f"layer {layer.name!r} is on the meta device and has no values to quantize; load the weights first "
                 "(nc.plan works without them)"
             )
+
+
+def _check_can_start(adapter: TorchModel, plan: Plan, data: Any, resume: str | Path | None) -> None:
+    """Refuse at once what would fail after work: data that is missing, nothing to resume, weights not finite."""
+    _check_has_data(plan, data)
+    _check_resume(plan, resume)
+    _check_weights(adapter, plan)
 
 
 def _check_weights(adapter: TorchModel, plan: Plan) -> None:

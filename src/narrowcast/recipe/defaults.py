@@ -26,8 +26,9 @@ def default_method(layer: Layer, spec: QuantSpec, *, multiplied: bool, has_data:
     Returns:
         One name with its options, as a recipe has it.
     """
-    if not has_data or not multiplied or not spec.format.scaled or spec.format.bits > SOLVED_BITS:
+    if not has_data or not multiplied or spec.format.is_cast or spec.format.bits > SOLVED_BITS:
         return {"rtn": {}}
     if layer.type in ("LSTM", "GRU"):
         return {"rtn": {}}  # half of their matrices multiply hidden states, which nothing sees from outside
-    return {"autoround": {}} if spec.format.bits <= LEARNED_BITS else {"gptq": {}}
+    by_block = spec.format.bits <= LEARNED_BITS and not spec.format.learned  # no gradient moves learned levels
+    return {"autoround": {}} if by_block else {"gptq": {}}
