@@ -38,6 +38,13 @@ def test_the_fewer_bits_the_more_work_the_default_does(text: str, method: str) -
     assert method_of(text) == method
 
 
+def test_convolutions_of_4_bits_are_learned_block_by_block() -> None:
+    layers = TorchModel(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 3))).layers()
+    for layer in (layer for layer in layers if layer.type.startswith("Conv")):
+        for text, method in (("int4/channel", "autoround"), ("int5/channel", "gptq"), ("int8/channel", "rtn")):
+            assert next(iter(default_method(layer, QuantSpec.parse(text), multiplied=True, has_data=True))) == method
+
+
 def test_without_data_or_products_the_default_rounds_to_nearest() -> None:
     assert method_of("int4/group32/asym", has_data=False) == method_of("int2/group32", multiplied=False) == "rtn"
 

@@ -103,18 +103,18 @@ def quantize(
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, loaded, probe)
     plan = make_plan(adapter, loaded, folds, has_data=data is not None)
+    _check_has_data(plan, data, resume)
     _check_plan(plan, strict=strict, min_coverage=min_coverage)
-    _check_can_start(adapter, plan, data, resume)
+    _check_weights(adapter, plan)
     doctor = None if probe is None else Doctor.of(adapter, plan, probe)
     if doctor is not None:
         batches = doctor.read(data, batches, strict=strict)
     means = _means_behind_norms(adapter, loaded, probe)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     transformed = transform(adapter, plan, batches, probe)
-    notes += transformed.notes
     calibration, recording, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
     calibration.means = means
-    notes += calibration.observation.notes
+    notes += transformed.notes + calibration.observation.notes
     journal = _journal(resume, plan, source, calibration, recording)
     outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
     verdict = _judge_model(adapter, probe, inplace=inplace)
@@ -197,13 +197,6 @@ def _check_has_values(adapter: TorchModel) -> None:
             )
 
 
-def _check_can_start(adapter: TorchModel, plan: Plan, data: Any, resume: str | Path | None) -> None:
-    """Refuse at once what would fail after work: data that is missing, nothing to resume, weights not finite."""
-    _check_has_data(plan, data)
-    _check_resume(plan, resume)
-    _check_weights(adapter, plan)
-
-
 def _check_weights(adapter: TorchModel, plan: Plan) -> None:
     """Refuse to quantize weights that are not finite, before any work is done; kept ones may hold anything."""
     for row in plan.layers:
@@ -211,7 +204,7 @@ def _check_weights(adapter: TorchModel, plan: Plan) -> None:
             check_finite(row.layer, adapter.weight(row.layer))
 
 
-def _check_has_data(plan: Plan, data: Any) -> None:
+def _check_has_data(plan: Plan, data: Any, resume: str | Path | None) -> None:
     static = [row.layer.name for row in plan.layers if row.input is not None and row.input.observer]
     if static and data is None:
         raise DataError(
@@ -237,6 +230,7 @@ def _check_has_data(plan: Plan, data: Any) -> None:
             f"recipe {plan.recipe.name!r} keeps outlier channels of {len(outliers)} layers ({outliers[0]!r}, ...), "
             "which calibration data names, and there is none; pass data=..., or leave out 'outliers:...'"
         )
+    _check_resume(plan, resume)
 
 
 def _check_resume(plan: Plan, resume: str | Path | None) -> None:

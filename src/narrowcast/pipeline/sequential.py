@@ -277,7 +277,8 @@ class _Work:
                 inside = path if block.path == "" else path[len(block.path) + 1 :]
                 ratio = tasks[name].ratio if name in tasks else column_ratio(job.adapter, row, treatment[0])
                 assert row.weight is not None
-                own = treatment[0].mode == "static" and len(row.layer.sites) == 1 and job.shared.is_alone(path)
+                own = treatment[0].mode == "static" and len(row.layer.sites) == len(self.units[path]) == 1
+                own = own and job.shared.is_alone(path)
                 uses[name] = LayerUse(inside, site.parameter, row.weight, treatment[0], ratio, adjustable=own)
                 if solved is not None:
                     fixed[name] = solved.record.dequantize()

@@ -10,8 +10,10 @@ from narrowcast.models import Layer
 # At most so many bits a rounding error is large enough that compensating for it is worth the minutes it takes; above,
 # solvers that see inputs are within the noise of rounding to nearest on every model of the accuracy table.
 SOLVED_BITS = 6
-# Down to here compensating column by column keeps most; below, only rounding learned block by block does.
+# At most so many bits rounding is learned block by block; above, compensating column by column keeps as much in a third
+# of the time. A convolution has few inputs, so there is little for its columns to compensate with.
 LEARNED_BITS = 2
+LEARNED_BITS_OF_CONVOLUTIONS = 4
 
 
 def default_method(layer: Layer, spec: QuantSpec, *, multiplied: bool, has_data: bool) -> dict[str, dict[str, Any]]:
@@ -30,5 +32,7 @@ def default_method(layer: Layer, spec: QuantSpec, *, multiplied: bool, has_data:
         return {"rtn": {}}
     if layer.type in ("LSTM", "GRU"):
         return {"rtn": {}}  # half of their matrices multiply hidden states, which nothing sees from outside
-    by_block = spec.format.bits <= LEARNED_BITS and not spec.format.learned  # no gradient moves learned levels
-    return {"autoround": {}} if by_block else {"gptq": {}}
+    convolution = layer.type.startswith("Conv") and layer.type != "Conv1D"  # which is transformers' linear layer
+    most = LEARNED_BITS_OF_CONVOLUTIONS if convolution else LEARNED_BITS
+    # no gradient moves learned levels
+    return {"autoround": {}} if spec.format.bits <= most and not spec.format.learned else {"gptq": {}}
