@@ -19,6 +19,7 @@ from narrowcast.core import (
     round_scale,
     scale_shape,
     split_int8_scale,
+    sqnr_db,
 )
 from narrowcast.errors import FormatError
 
@@ -96,13 +97,21 @@ def test_zero_is_exact(text: str, values: torch.Tensor) -> None:
 def test_an_all_zero_block_has_scale_1_and_stays_zero(text: str) -> None:
     record = quantize(torch.zeros(4, 32), QuantSpec.parse(text))
     assert record.scale is not None
-    if record.spec.scale_format == "k6":  # a scale of 1 would be the largest of its super-block
-        assert bool((record.scale == 2.0**-24).all())
-    elif record.spec.scale_format == "int8":  # one outer scale a row is 1/127 in bfloat16
-        assert torch.allclose(record.scale, torch.ones(4, 2), rtol=2**-8)
-    else:
-        assert torch.equal(record.scale, torch.ones_like(record.scale))
+    # where scales hang together 1 would be the largest of them
+    expected = {"k6": 2.0**-24, "int8": 2.0**-126}.get(record.spec.scale_format, 1.0)
+    assert torch.equal(record.scale, torch.full_like(record.scale, expected))
     assert torch.equal(record.dequantize(), torch.zeros(4, 32))
+
+
+@pytest.mark.parametrize("text", ["int4/group16/scale:int8", "int4/group16/asym/scale:int8", "int4/group16/scale:k6"])
+def test_a_block_of_zeros_takes_no_bits_from_the_scales_beside_it(text: str) -> None:
+    torch.manual_seed(0)
+    values = 0.01 * torch.randn(8, 64)
+    alone = sqnr_db(values[:, 16:], quantize(values[:, 16:], QuantSpec.parse(text)).dequantize())
+    values[:, :16] = 0.0
+    beside = quantize(values, QuantSpec.parse(text)).dequantize()
+    assert not bool(beside[:, :16].any())
+    assert sqnr_db(values[:, 16:], beside[:, 16:]) == pytest.approx(alone, abs=0.01)
 
 
 @pytest.mark.parametrize("text", SPECS)

@@ -32,7 +32,7 @@ def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
 
     Returns:
         scale:      [block_rows, block_columns] float32, weight units per code step, > 0 (1.0 for an all-zero block,
-            in super-blocks the smallest), already rounded to the scale format.
+            with 8-bit scales and in super-blocks the smallest), already rounded to the scale format.
         zero_point: [block_rows, block_columns] the code that means 0.0, int32, or float32 in steps of `spec.zero_step`
             where that is below 1; None when symmetric.
 
@@ -51,8 +51,9 @@ def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     else:
         # each bound by itself: high - low overflows float32 where neither bound does
         scale = high / (spec.code_high - spec.code_low) - low / (spec.code_high - spec.code_low)
-    # a scale of 1 would be the largest of a super-block and leave the others no bits
-    scale = torch.where((low == 0) & (high == 0), _SMALLEST["k6"] if spec.scale_format == "k6" else 1.0, scale)
+    # where scales hang together a scale of 1 could be the largest and leave the others no bits
+    of_zeros = _SMALLEST[spec.scale_format] if spec.scale_format in ("int8", "k6") else 1.0
+    scale = torch.where((low == 0) & (high == 0), of_zeros, scale)
     scale = round_scale(scale, spec)
     zero_point = None
     if not spec.symmetric:
