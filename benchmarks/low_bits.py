@@ -47,20 +47,23 @@ class Format:
         input: of the layers' inputs; "" leaves them float.
         ends: of the first and the last layer, weights and inputs, as this field leaves them in more bits; ("", "")
             gives them the format of all others.
+        depthwise: of the inputs of depthwise convolutions; "" where they keep `input`.
     """
 
     weight: str
     convolution: str = ""
     input: str = ""
     ends: tuple[str, str] = ("", "")
+    depthwise: str = ""
 
 
 FORMATS = {
     "W8A8 static": Format("int8/channel", input="uint8/channel static:minmax"),
     "W8A8 dynamic": Format("int8/channel", input="uint8/token"),
     "W4A8": Format("int4/group32/asym", "int4/channel", "int8/token"),
-    # ranges per channel would go into the weights, which have no codes to spare
-    "W4A8 static": Format("int4/channel", input="uint8/tensor static:mse"),
+    # ranges per channel would go into the weights, which have no codes to spare, but for depthwise convolutions: their
+    # weights have a scale for each of these channels
+    "W4A8 static": Format("int4/channel", input="uint8/tensor static:mse", depthwise="uint8/channel static:minmax"),
     "W4A4": Format(
         "int4/channel", input="uint4/tensor static:mse", ends=("int8/channel", "uint8/tensor static:minmax")
     ),
@@ -84,10 +87,11 @@ MORE_FORMATS = {
 }
 ENDS = {
     "resnet20": ["conv1", "linear"],
-    "mobilenetv1": ["stem.0", "classifier"],
+    "mobilenetv1": ["stem.1", "classifier"],
     "mobilenetv2": ["stem", "classifier"],
     "squeezenet11": ["conv1", "conv10"],
 }
+DEPTHWISE = {"mobilenetv1": "blocks.*.0.*", "mobilenetv2": "*.dw"}
 # What a recipe says besides formats.
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -126,6 +130,8 @@ def recipe_of(name: str, form: Format, method: str) -> dict[str, Any]:
     given = {"input": form.input} if form.input else {}
     if form.ends[0]:
         rules.append({"layers": ENDS[name], "weight": form.ends[0], "input": form.ends[1]})
+    if form.depthwise and name in DEPTHWISE:
+        rules.append({"layers": DEPTHWISE[name], "weight": form.weight, "input": form.depthwise, **solver})
     if form.convolution:
         rules.append({"type": "Conv2d", "weight": form.convolution, **given, **solver, "optional": True})
     rules.append({"weight": form.weight, **given, **solver})
