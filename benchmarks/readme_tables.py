@@ -211,8 +211,49 @@ def _size(row: Row | None) -> str | None:
     return f"{row['percent']:.1f} % ({row['ready_speedup']:.2f}x)"
 
 
+FEW_BITS = ("W4A8", "W4A8 static", "W4A4", "W4 channel", "W4 g32", "W3 g32", "W2 g32")
+PERPLEXITY = ("stories260k", "textgenrnn")
+
+
+def best_score(rows: Iterable[Row], model: str, *, named: bool = True) -> str | None:
+    """The best score of some rows, and which method has it; None without rows."""
+    kept = [row for row in rows if "score" in row and row.get("changed") == row.get("matrices")]
+    if not kept:
+        return None
+    row = min(kept, key=lambda row: row["score"] if model in PERPLEXITY else -row["score"])
+    tool = "" if row["tool"] == "narrowcast" else f"{row['tool']} "
+    return f"{row['score']:.2f}" + (f" ({tool}{row['method']})" if named else "")
+
+
+def low_bits(document: Row) -> str:
+    """One table: scores of weights of few bits, beside the best of the other tools that change every weight matrix."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in document.get("rows", ()):
+        if row["format"] in FEW_BITS:
+            groups.setdefault((row["model"], row["format"]), []).append(row)
+    cells = []
+    for (model, form), rows in groups.items():
+        ours = [row for row in rows if row["tool"] == "narrowcast"]
+        default = [row for row in ours if row["method"] == "default"]
+        base = next((f"{row['float32']:.2f}" for row in ours if "score" in row), None)
+        plain = best_score((row for row in ours if row["method"] == "rtn without data"), model, named=False)
+        best = best_score(ours, model), best_score((row for row in rows if row not in ours), model)
+        cells.append([f"{model}, {form}", base, plain, best_score(default, model, named=False), *best])
+    return "\n\n".join(
+        (
+            "**Scores at few bits** (accuracy or Spearman x 100; perplexity of stories260k and textgenrnn: less is "
+            "better) on samples that calibration did not see. Weights of attention, feed-forward and convolution layers "
+            "have the format, embeddings stay float32. Intervals, seconds, memory and all other recipes: "
+            "[low_bits.md](benchmarks/results/low_bits.md).",
+            table(("model, format", "float32", "no data", "default", "best recipe", "best other tool"), cells),
+            source(document, "low_bits"),
+        )
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "accuracy": ("### Accuracy", accuracy),
+    "low_bits": ("### Accuracy at few bits", low_bits),
     "latency": ("### Latency", latency),
     "networks": ("### Beside other runtimes", networks),
     "sizes": ("### Size and time to the first answer", sizes),

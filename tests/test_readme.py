@@ -150,11 +150,22 @@ def test_tables_hold_the_measured_figures(tmp_path: Path) -> None:
     write(tmp_path, "latency", [timed, {**timed, "threads": 1, "shape": "77"}])
     small = {"model": "net", "variant": "static-int8", "bytes": 28, "percent": 28.0, "ready_speedup": 1.5}
     write(tmp_path, "sizes", [{"model": "net", "variant": "float32", "bytes": 1_000_000}, small])
+    bits = {"model": "net", "format": "W4 g32", "float32": 91.56}
+    ours = [
+        {**bits, "tool": "narrowcast", "method": method, "score": score}
+        for method, score in (("default", 91.0), ("gptq", 91.2), ("rtn without data", 80.0))
+    ]
+    others = [
+        {**bits, "tool": "other", "method": method, "score": score, "changed": changed, "matrices": 3}
+        for method, score, changed in (("idle", 91.5, 0), ("busy", 90.1, 3))
+    ]
+    write(tmp_path, "low_bits", [*ours, *others, {**bits, "tool": "other", "method": "broken", "failed": "because"}])
     text = readme_tables.filled(readme_tables.BEGIN + readme_tables.END, tmp_path)
+    assert "| net, W4 g32 | 91.56 | 80.00 | 91.00 | 91.20 (gptq) | 90.10 (other busy) |" in text
     assert "| net, top-1 % | 91.56 | -0.04 |" in text and "37.3 dB, 99.6 %" in text and "broken" not in text
     assert "| net 1 | 1.5 | 0.5 (2.00x) |" in text and "77" not in text
     assert "| net | 1.00 MB | 28.0 % (1.50x) |" in text
-    assert text.count("A Processor") == 3
+    assert text.count("A Processor") == 4
 
 
 def test_quick_results_are_not_published(tmp_path: Path) -> None:
