@@ -242,7 +242,7 @@ def low_bits(document: Row) -> str:
     return "\n\n".join(
         (
             "**Scores at few bits** (accuracy or Spearman x 100; perplexity of stories260k and textgenrnn: less is "
-            "better) on samples that calibration did not see. Weights of attention, feed-forward and convolution layers "
+            "better) on samples that calibration did not see. Weights of attention, feed-forward and convolutions "
             "have the format, embeddings stay float32. Intervals, seconds, memory and all other recipes: "
             "[low_bits.md](benchmarks/results/low_bits.md).",
             table(("model, format", "float32", "no data", "default", "best recipe", "best other tool"), cells),
