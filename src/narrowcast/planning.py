@@ -21,7 +21,7 @@ from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference import LONGEST_SUM
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
 from narrowcast.models.rewrite import untie_
-from narrowcast.nn import INTEGER_MODES, activation_mode, outlier_bits
+from narrowcast.nn import INTEGER_MODES, StoredWeight, activation_mode, outlier_bits, weight_only_kernel
 from narrowcast.recipe import InputRule, Recipe, Rule, default_method, load_recipe
 from narrowcast.report import format_bytes
 from narrowcast.transforms import make_transform
@@ -226,7 +226,7 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
     shape = (layer.shape[0], layer.shape[1])
     bits = spec.bits_per_value(shape)
     mode = activation_mode(None if rule.input is None else rule.input.spec)
-    given, reason, kernel, integer = rule.input, "", "dequantized at each call, product in float", False
+    given, reason, kernel, integer = rule.input, "", _float_kernel(layer, spec), False
     fallback = ""
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
@@ -251,6 +251,13 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
         layer, spec, given, rule.method, reason=reason, bits_per_weight=bits, bytes_after=bytes_after, kernel=kernel,
         integer=integer, fallback=fallback,
     )  # fmt: skip
+
+
+def _float_kernel(layer: Layer, spec: QuantSpec) -> str:
+    """What multiplies float inputs with the weight."""
+    stored = StoredWeight("weight", spec, (layer.shape[0], layer.shape[1]))
+    native = weight_only_kernel(stored) if layer.type in ("Linear", "Conv1D") else None
+    return native or "dequantized at each call, product in float"
 
 
 def _overflowing(products: int, rule: Rule) -> str:

@@ -108,3 +108,11 @@ def test_speedup_needs_both_times() -> None:
     assert LAYERS[0].speedup == 2.0
     assert LAYERS[1].speedup is None
     assert replace(LAYERS[0], quantized_ms=0.0).speedup is None
+
+
+def test_what_solvers_say_of_many_layers_is_one_line_with_the_span_of_its_numbers() -> None:
+    said = [["weights moved by 3 %", "damped {twice}"], ["weights moved by 0.5 %"], ["weights moved by 12 %"]]
+    rows = [replace(LAYERS[0], layer=f"body.{i}", notes=notes) for i, notes in enumerate(said)]
+    text = str(replace(REPORT, layers=[*rows, replace(LAYERS[0], layer="last", notes=["weights moved by 1e-05 %"])]))
+    assert "weights moved by 1e-05 .. 12 %: body.0, body.1, body.2 and 1 more" in text
+    assert "damped {twice}: body.0" in text

@@ -10,6 +10,7 @@ from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
 from narrowcast.nn.outliers import OutlierLinear, outlier_bits
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
+from narrowcast.nn.weight_only import weight_only_kernel
 
 MODULES: dict[str, type[InstalledModule]] = {
     module.kind: module
@@ -51,4 +52,5 @@ __all__ = [
     "is_int8_per_channel",
     "linear_op",
     "outlier_bits",
+    "weight_only_kernel",
 ]

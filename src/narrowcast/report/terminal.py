@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 from rich.table import Table
@@ -92,16 +93,30 @@ def totals_lines(totals: Totals) -> list[str]:
 _NAMED = 3
 
 
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_HOLE = "\0"
+
+
 def solver_notes(layers: list[LayerOutcome]) -> list[str]:
-    """What solvers said, each sentence once with the layers that it is about."""
-    about: dict[str, list[str]] = {}
+    """What solvers said, sentences that differ in numbers only as one, with the layers that they are about."""
+    about: dict[str, list[tuple[str, list[str]]]] = {}
     for row in layers:
         for note in row.notes:
-            about.setdefault(note, []).append(row.layer)
-    return [
-        f"{note}: {', '.join(names[:_NAMED])}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-        for note, names in about.items()
-    ]
+            about.setdefault(_NUMBER.sub(_HOLE, note), []).append((row.layer, _NUMBER.findall(note)))
+    return [_joined(sentence, said) for sentence, said in about.items()]
+
+
+def _joined(sentence: str, said: list[tuple[str, list[str]]]) -> str:
+    """One sentence with the span of each of its numbers, and the names of the first layers."""
+    spans = []
+    for numbers in zip(*(found for _, found in said), strict=True):
+        low, high = min(numbers, key=float), max(numbers, key=float)
+        spans.append(low if low == high else f"{low} .. {high}")
+    parts = sentence.split(_HOLE)
+    text = parts[0] + "".join(span + part for span, part in zip(spans, parts[1:], strict=True))
+    names = [name for name, _ in said]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{text}: {', '.join(names[:_NAMED])}{more}"
 
 
 def finding_lines(findings: list[Finding]) -> list[str]:
