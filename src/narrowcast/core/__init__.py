@@ -4,6 +4,7 @@ from narrowcast.core.affine import (
     block_range,
     choose_scale,
     dequantize,
+    nearest_scale,
     quantize,
     quantize_blocks,
     round_scale,
@@ -27,6 +28,7 @@ from narrowcast.core.granularity import (
 )
 from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
 from narrowcast.core.packing import pack, packed_width, unpack
+from narrowcast.core.rounding import clamp_steps, distinct_levels, fake_quantize, range_gradients, through
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
 from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks
 
@@ -47,23 +49,29 @@ __all__ = [
     "block_range",
     "block_shape",
     "choose_scale",
+    "clamp_steps",
     "cosine",
     "dequantize",
     "dequantize_blocks",
+    "distinct_levels",
     "expand_to_matrix",
+    "fake_quantize",
     "from_blocks",
     "kl_divergence",
+    "nearest_scale",
     "number_format",
     "pack",
     "packed_width",
     "parse_granularity",
     "quantize",
     "quantize_blocks",
+    "range_gradients",
     "round_scale",
     "scale_shape",
     "split_int8_scale",
     "spread_channels",
     "sqnr_db",
+    "through",
     "to_blocks",
     "unpack",
 ]

@@ -15,8 +15,7 @@ one end: s = stored(s0 * (1 + b / high)). Formats without equal steps (NF4, FP4,
 domain: the position of x = w / s is the index of the level below it plus the part of the gap that x has covered, and
 value = s * level[clamp(round(position + v))].
 
-Gradients go straight through every rounding: d value / d v = s, d value / d s = (code - z) - w / s inside the range
-and code - z outside, d value / d z = -s outside.
+Gradients go straight through every rounding: d value / d v = s; those of scale and zero point are in `core.rounding`.
 
 Source:
     Offsets and range factors: AutoRound (Cheng et al. 2023, arXiv:2309.05516, eq. 3). Gradient of the scale: LSQ
@@ -29,14 +28,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, QuantSpec, from_blocks, round_scale, to_blocks
-from narrowcast.core.formats import NumberFormat
+from narrowcast.core import (
+    QuantizedTensor,
+    QuantSpec,
+    clamp_steps,
+    distinct_levels,
+    from_blocks,
+    range_gradients,
+    through,
+    to_blocks,
+)
 
 # A scale that training shrinks further would lose the block; the full range is at most code_high times the scale.
 _SMALLEST_RATIO = 0.05
@@ -91,26 +97,12 @@ class LearnedWeight:
         smallest, largest = self.start_scale * _SMALLEST_RATIO, self.largest_scale
         if self.start_zero is None:
             scale = self.start_scale * (1 + self.ends[0] / spec.format.high)
-            return _through(torch.clamp(scale, smallest, largest), spec), None
+            return through(torch.clamp(scale, smallest, largest), spec), None
         codes = spec.code_high - spec.code_low
         scale = self.start_scale * (1 + (self.ends[1] - self.ends[0]) / codes)
-        scale = _through(torch.clamp(scale, smallest, largest), spec)
+        scale = through(torch.clamp(scale, smallest, largest), spec)
         low = self.start_scale * (spec.code_low - self.start_zero + self.ends[0])
-        return scale, _through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.code_high), None)
-
-
-def distinct_levels(number: NumberFormat) -> Tensor:
-    """The finite values that codes of a format without equal steps stand for, ascending, each once, float32."""
-    if number.levels is not None:
-        return torch.tensor(sorted(set(number.levels)), dtype=torch.float32) + 0.0
-    return _float_levels(number.storage)
-
-
-@lru_cache
-def _float_levels(storage: torch.dtype) -> Tensor:
-    values = torch.arange(256, dtype=torch.uint8).view(storage).to(torch.float32)
-    levels: Tensor = torch.unique(values[torch.isfinite(values)] + 0.0)
-    return levels
+        return scale, through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.code_high), None)
 
 
 def _round(
@@ -119,11 +111,8 @@ def _round(
     """Code minus zero point (or the level) of w / s [.., elements], and the gap between levels; 0 where clamped."""
     if levels is not None:
         return _round_to_levels(scaled, offset, levels)
-    nearest = (scaled + offset).round_()
-    shift = 0.0 if zero is None else zero.unsqueeze(-1)
-    codes = nearest + shift
-    kept = codes.clamp(spec.code_low, spec.code_high)
-    return kept - shift, (codes == kept).to(torch.float32)
+    steps, inside = clamp_steps((scaled + offset).round_(), zero, spec)
+    return steps, inside.to(torch.float32)
 
 
 def _round_to_levels(scaled: Tensor, offset: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,23 +196,5 @@ class _Rounded(torch.autograd.Function):
         scaled, steps, gap, scale = ctx.saved_tensors
         inside = gap > 0
         in_steps = gradient * scale.unsqueeze(-1)
-        of_scale = (gradient * (steps - scaled * inside)).sum(-1)
-        of_zero = -(in_steps * ~inside).sum(-1) if ctx.asymmetric else None
-        return None, in_steps * gap, of_scale, of_zero, None, None
-
-
-def _through(values: Tensor, spec: QuantSpec | None) -> Tensor:
-    rounded: Tensor = _Through.apply(values, spec)  # type: ignore[no-untyped-call]
-    return rounded
-
-
-class _Through(torch.autograd.Function):
-    """Rounds to the scale format of a spec, or to whole numbers without one; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, spec: QuantSpec | None) -> Tensor:
-        return values.round() if spec is None else round_scale(values, spec)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], None
+        of_scale, of_zero = range_gradients(gradient, steps, scaled, inside, scale)
+        return None, in_steps * gap, of_scale, of_zero if ctx.asymmetric else None, None, None

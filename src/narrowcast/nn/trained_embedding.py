@@ -1,0 +1,57 @@
+"""TrainedEmbedding: a table in training whose rows are rounded as QuantizedEmbedding will hold them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from narrowcast.core import PerChannel, PerGroup
+from narrowcast.nn.embedding import QuantizedEmbedding
+from narrowcast.nn.trained import AnyRange, TrainedModule
+from narrowcast.nn.trained_ranges import InputRange
+from narrowcast.nn.training import Training
+
+
+class TrainedEmbedding(TrainedModule):
+    """The twin of a QuantizedEmbedding; only rows that are looked up are rounded.
+
+    Args:
+        path, quantized, training, ranges, input_range: see `TrainedModule`; there is no input range.
+        weights: {"weight": [num_embeddings, embedding_dim]}; tied layers have the same parameter.
+    """
+
+    twin_of = QuantizedEmbedding
+
+    def __init__(
+        self, path: str, quantized: QuantizedEmbedding, training: Training, ranges: dict[str, AnyRange],
+        input_range: InputRange | None, weights: dict[str, nn.Parameter],
+    ) -> None:  # fmt: skip
+        super().__init__(path, quantized, training, ranges, input_range)
+        self.num_embeddings, self.embedding_dim = quantized.num_embeddings, quantized.embedding_dim
+        self.padding_idx = quantized.padding_idx
+        self.weight = weights["weight"]
+
+    def matrix(self, name: str) -> Tensor:
+        """See `TrainedModule`."""
+        return self.weight.float()
+
+    def build(self) -> QuantizedEmbedding:
+        """See `TrainedModule`."""
+        record = self.records()["weight"]
+        dtype = self.weight.dtype if self.weight.dtype.itemsize == 2 else torch.float32
+        return QuantizedEmbedding(record.spec, record.shape, record=record, padding_idx=self.padding_idx, dtype=dtype)
+
+    def trained_forward(self, indices: Tensor) -> Tensor:
+        """[...] integer -> [..., embedding_dim]; the row of `padding_idx` gets no gradient, as in torch."""
+        part = self.weight_range()
+        weight = self.weight.float()
+        if not isinstance(part.spec.granularity, PerChannel | PerGroup) or not part.spec.format.scaled:
+            rows = functional.embedding(indices, part.quantized(weight), self.padding_idx)
+            return rows.to(self.weight.dtype)
+        chosen, place = torch.unique(indices, return_inverse=True)
+        rows = part.rows(weight, chosen)
+        if self.padding_idx is not None:
+            padding = (chosen == self.padding_idx).unsqueeze(-1)
+            rows = torch.where(padding, rows.detach(), rows)
+        return functional.embedding(place, rows).to(self.weight.dtype)

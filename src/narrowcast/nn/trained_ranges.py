@@ -1,0 +1,361 @@
+"""Ranges in training: those of a weight's blocks, and the one of a static input.
+
+A learned scale is `stored(start * factor)` with a factor that starts at 1 and is the parameter. The gradient of the
+factor is LSQ's of the scale, d loss / d scale / sqrt(elements * code_high), divided by `start`: a step of SGD then
+moves the scale as it would if the scale itself were the parameter, and Adam, whose steps do not depend on the size of
+gradients, moves every scale by the same share.
+
+Source:
+    LSQ: Esser et al. 2019, arXiv:1902.08153, section 2.2 (gradient scale). Differs: the factor is the parameter; the
+    scale starts where post-training quantization has put it, not at 2 mean|w| / sqrt(code_high); and it is rounded to
+    its stored format. LSQ+ (Bhalgat et al. 2020): zero points move in the same way and are rounded to integers. PACT
+    (Choi et al. 2018, arXiv:1805.06085): the upper end of the range is what steps of SGD move.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.core import (
+    QuantizedTensor,
+    QuantSpec,
+    fake_quantize,
+    from_blocks,
+    nearest_scale,
+    quantize_blocks,
+    round_scale,
+    through,
+    to_blocks,
+)
+from narrowcast.errors import FormatError, ModelError
+from narrowcast.nn.activation import Activation
+from narrowcast.nn.training import Training
+
+# A range may shrink or grow this far from where it started; a factor beyond has lost its block.
+SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 64, 64.0
+
+
+class Range(nn.Module):
+    """What both kinds of ranges share: a factor and a shift that are parameters, and freezing.
+
+    Args:
+        scale: starting scales, float32.
+        zero: starting zero points, float32; None when symmetric.
+        learns: whether the scale is a parameter.
+        shifts: whether the zero point is one, too.
+        shared: shape of the parameters: that of `scale`, or [1] where all move together.
+    """
+
+    start_scale: Tensor
+    start_zero: Tensor | None
+    factor: nn.Parameter | None
+    shift: nn.Parameter | None
+
+    def __init__(
+        self, scale: Tensor, zero: Tensor | None, *, learns: bool, shifts: bool, shared: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.register_buffer("start_scale", scale.detach().clone())
+        self.register_buffer("start_zero", None if zero is None else zero.detach().to(torch.float32).clone())
+        self.factor = nn.Parameter(torch.ones(shared)) if learns else None
+        self.shift = nn.Parameter(torch.zeros(shared)) if shifts and zero is not None else None
+        self.frozen = False
+        self._held: dict[str, Tensor] = {}
+
+    def freeze_(self, frozen: bool = True) -> None:
+        """Hold the range where it is, whatever an optimizer does to its parameters; or let it go on from there.
+
+        The parameters keep taking part in the graph with a gradient of zero, so that data-parallel wrappers, which
+        wait for every gradient, go on.
+        """
+        if frozen == self.frozen:
+            return
+        self._restore_()
+        self.frozen = frozen
+        self._hold_()
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The factor or shift that counts, without gradient scaling."""
+        value = getattr(self, name)
+        if value is None or not self.frozen:
+            return value  # type: ignore[no-any-return]
+        held: Tensor = _Held.apply(value, self._held[name])  # type: ignore[no-untyped-call]
+        return held
+
+    def health(self) -> str:
+        """What is wrong with the parameters; "" where nothing is."""
+        for name in ("factor", "shift"):
+            value = self.parameter(name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                return f"its {name} of the range is not finite"
+        return ""
+
+    def at_bound(self) -> int:
+        """Blocks whose scale wants to leave the bounds that it has."""
+        if self.factor is None:
+            return 0
+        return int(((self.factor <= SMALLEST_FACTOR) | (self.factor >= LARGEST_FACTOR)).sum())
+
+    def _restore_(self) -> None:
+        with torch.no_grad():
+            for name, value in self._held.items():
+                getattr(self, name).copy_(value)
+
+    def _hold_(self) -> None:
+        pairs = ((name, getattr(self, name)) for name in ("factor", "shift"))
+        self._held = {name: p.detach().clone() for name, p in pairs if p is not None} if self.frozen else {}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._restore_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "frozen"] = torch.tensor([self.frozen], dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        frozen = state.pop(prefix + "frozen", None)
+        super()._load_from_state_dict(state, prefix, *rest)
+        if frozen is not None:
+            self.frozen = bool(frozen[0])
+        self._hold_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Range:
+        # ranges stay float32 when a model is cast to half precision
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        self._held = {name: keep_dtype(value) for name, value in self._held.items()}
+        return self
+
+
+class WeightRange(Range):
+    """Scales and zero points of the blocks of one weight.
+
+    Args:
+        start: the weight as post-training quantization left it, in a format with scales.
+        weight: [rows, columns] float32, the weight at the start.
+        training: how it is trained.
+    """
+
+    start_span: Tensor | None
+
+    def __init__(self, start: QuantizedTensor, weight: Tensor, training: Training) -> None:
+        assert start.scale is not None
+        learns, shape = training.weights == "learned", tuple(start.scale.shape)
+        super().__init__(
+            start.scale, start.zero_point, learns=learns, shifts=training.offsets and learns, shared=shape
+        )
+        self.spec, self.shape = start.spec, start.shape
+        self.register_buffer("start_span", None if learns else _span(weight, start.spec))
+        elements = to_blocks(weight[:1, :1].expand(self.shape), start.spec.granularity).shape[-1]
+        self.gradient_scale = 1 / math.sqrt(elements * max(start.spec.code_high, 1))
+        self._followed: Tensor | None = None
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """The values that the codes of a weight [rows, columns] stand for, float32, differentiable."""
+        return fake_quantize(weight, *self._range(weight), self.spec)
+
+    def record(self, weight: Tensor) -> QuantizedTensor:
+        """The codes and ranges whose values `quantized` gives, bit for bit.
+
+        Raises:
+            FormatError: a scale does not fit its format.
+        """
+        with torch.no_grad():
+            scale, zero = self._range(weight)
+            round_scale(scale, self.spec)
+            codes = quantize_blocks(to_blocks(weight, self.spec.granularity), self.spec, scale, zero)
+        zero_point = None if zero is None else zero.to(torch.int32)
+        return QuantizedTensor(from_blocks(codes, self.spec.granularity, self.shape), scale, zero_point, self.spec)
+
+    def rows(self, weight: Tensor, index: Tensor) -> Tensor:
+        """The quantized values of some rows; every row has scales of its own.
+
+        Args:
+            weight: [rows, columns] float32.
+            index: [chosen] int64.
+        """
+        scale, zero = self._range(weight)
+        return fake_quantize(
+            nn.functional.embedding(index, weight), nn.functional.embedding(index, scale),
+            None if zero is None else nn.functional.embedding(index, zero), self.spec,
+        )  # fmt: skip
+
+    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.start_span is not None:
+            return self._follow(weight), self.start_zero
+        factor = self.parameter("factor")
+        assert factor is not None
+        scale: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
+            factor, self.start_scale, self.spec, self.gradient_scale
+        )
+        return scale, _shifted(self, self.spec.code_low, self.spec.code_high, self.gradient_scale)
+
+    def _follow(self, weight: Tensor) -> Tensor:
+        if self.frozen and self._followed is not None:
+            return self._followed
+        assert self.start_span is not None
+        share = (_span(weight.detach(), self.spec) / self.start_span).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
+        scale = nearest_scale(self.start_scale * share, self.spec)
+        if self.frozen:
+            self._followed = scale
+        return scale
+
+    def _hold_(self) -> None:
+        super()._hold_()
+        self._followed = None
+
+
+class InputRange(Range):
+    """The range of a static input, one for all channels or one each; in training all channels move together.
+
+    Args:
+        activation: where it starts.
+        training: how it is trained.
+    """
+
+    def __init__(self, activation: Activation, training: Training) -> None:
+        assert activation.scale is not None and activation.zero_point is not None and activation.spec is not None
+        learns = training.inputs != "fixed"
+        shifts = training.offsets and learns and activation.scale.numel() == 1
+        super().__init__(activation.scale, activation.zero_point, learns=learns, shifts=shifts, shared=(1,))
+        self.spec: QuantSpec = activation.spec
+        self.clips = training.inputs == "clipped"
+        high = int(activation.spec.format.high)
+        reach = max(float((high - activation.zero_point.float()).max()), 1.0)
+        # by its upper end alone: PACT's parameter is reach * scale
+        self.gradient_scale = 1 / reach**2 if self.clips else 1 / math.sqrt(high)
+
+    def ratio(self) -> Tensor | None:
+        """[channels] scale of each channel relative to the largest, which the weight takes in; None for one scale."""
+        return None if self.start_scale.numel() == 1 else self.start_scale / self.start_scale.max()
+
+    def range(self, features: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(largest scale [1], differentiable; scale [1] or [channels]; zero point [1] or [channels], differentiable).
+
+        Args:
+            features: elements of the input per sample, for the gradient's size.
+        """
+        assert self.start_zero is not None
+        high = int(self.spec.format.high)
+        size = self.gradient_scale if self.clips else self.gradient_scale / math.sqrt(max(features, 1))
+        factor = self.parameter("factor")
+        if factor is None:
+            return self.start_scale.max().view(1), self.start_scale, self.start_zero
+        scale = self.start_scale * factor.detach().clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
+        largest: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
+            factor, self.start_scale.max().view(1), None, size
+        )
+        zero = _shifted(self, 0, high, size)
+        assert zero is not None
+        return largest, scale, zero
+
+    def activation(self) -> Activation:
+        """The treatment of the input as a quantized module takes it."""
+        with torch.no_grad():
+            _, scale, zero = self.range(1)
+            return Activation(self.spec, scale.clone(), zero.to(torch.uint8))
+
+
+def start_inside_cells(weight: Tensor, factor: Tensor | float, start: QuantizedTensor) -> Tensor:
+    """The float weight nearest to `weight` that rounds to the codes of `start`.
+
+    Solvers choose codes that are not the nearest; training goes on from their choice.
+
+    Args:
+        weight: [rows, columns] float32.
+        factor: what the weight is multiplied by before it is quantized: a number, or broadcastable to the weight.
+        start: its record.
+
+    Returns:
+        [rows, columns]: changed where weight * factor has another code, to 0.001 steps inside the code's cell.
+    """
+    assert start.scale is not None
+    spec, shape = start.spec, start.shape
+    blocks = to_blocks(weight * factor, spec.granularity)
+    codes = to_blocks(start.codes, spec.granularity)
+    moved = quantize_blocks(blocks, spec, start.scale, start.zero_point).view(torch.uint8) != codes.view(torch.uint8)
+    if spec.format.kind == "int":
+        steps = codes.to(torch.float32)
+        zero = 0.0 if start.zero_point is None else start.zero_point.unsqueeze(-1).to(torch.float32)
+        low = torch.where(steps <= spec.code_low, -math.inf, steps - zero - 0.499) * start.scale.unsqueeze(-1)
+        high = torch.where(steps >= spec.code_high, math.inf, steps - zero + 0.499) * start.scale.unsqueeze(-1)
+        inside = torch.minimum(torch.maximum(blocks, low), high)
+    else:
+        inside = spec.format.decode(codes) * start.scale.unsqueeze(-1)
+    changed = from_blocks(moved, spec.granularity, shape)
+    return torch.where(changed, from_blocks(inside, spec.granularity, shape) / factor, weight)
+
+
+def finite_range(part: Range, where: str) -> None:
+    """Raise ModelError where training has left a range that is no number."""
+    if problem := part.health():
+        raise ModelError(
+            f"{where}: {problem}; the loss was probably NaN or infinite: lower the learning rate, clip gradients, and "
+            "go on from the last good state_dict"
+        )
+
+
+def scale_error(where: str, error: FormatError) -> ModelError:
+    """A scale that outgrew its format, as an error that names the layer."""
+    return ModelError(f"{where}: training made its range too large ({error}); lower the learning rate of the ranges")
+
+
+def _span(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """[block_rows, block_columns] largest magnitude of every block; 1 where it is all zero."""
+    span = to_blocks(weight, spec.granularity).abs().amax(-1)
+    return torch.where(span > 0, span, 1.0)
+
+
+def _shifted(part: Range, low: int, high: int, size: float) -> Tensor | None:
+    """The zero points in use, whole numbers."""
+    shift = part.parameter("shift")
+    if shift is None or part.start_zero is None:
+        return part.start_zero
+    step: Tensor = _Sized.apply(shift, part.start_scale, size)  # type: ignore[no-untyped-call]
+    return through((part.start_zero + step).clamp(low, high), None)
+
+
+class _Scaled(torch.autograd.Function):
+    """start * factor in its stored format; the gradient is sized as the module's docstring says."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, start: Tensor, spec: QuantSpec | None, size: float) -> Tensor:
+        ctx.save_for_backward(start)
+        ctx.size = size
+        scale = start * factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
+        return scale if spec is None else nearest_scale(scale, spec)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (start,) = ctx.saved_tensors
+        return gradients[0] * ctx.size / start, None, None, None
+
+
+class _Sized(torch.autograd.Function):
+    """The shift itself; its gradient is sized so that a step of SGD moves scale * zero point as LSQ+ moves it."""
+
+    @staticmethod
+    def forward(ctx: Any, shift: Tensor, start: Tensor, size: float) -> Tensor:
+        ctx.save_for_backward(start)
+        ctx.size = size
+        return shift.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (start,) = ctx.saved_tensors
+        return gradients[0] * ctx.size / start.square(), None, None
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, held: Tensor) -> Tensor:
+        return held.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.zeros_like(gradients[0]), None
