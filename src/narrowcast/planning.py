@@ -20,7 +20,7 @@ from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference import LONGEST_SUM
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
 from narrowcast.models.rewrite import untie_
-from narrowcast.nn import INTEGER_MODES, activation_mode, outlier_bits
+from narrowcast.nn import DEFAULT_TRAINING, INTEGER_MODES, activation_mode, outlier_bits
 from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
 from narrowcast.report import format_bytes
 from narrowcast.transforms import make_transform
@@ -42,6 +42,7 @@ class LayerPlan:
         integer: whether that is an integer kernel.
         refused: whether a rule wants it quantized and it cannot be.
         fallback: why it is quantized otherwise than the rule says; "" where it is not.
+        train: how its ranges are trained in quantization-aware training.
     """
 
     layer: Layer
@@ -55,6 +56,7 @@ class LayerPlan:
     integer: bool = False
     refused: bool = False
     fallback: str = ""
+    train: str = DEFAULT_TRAINING
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -217,7 +219,9 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
     if len(layer.sites) > 1:
         reason = "tied: " + ", ".join(site.path for site in layer.sites)
     bytes_after = round(bits * layer.parameters / 8)
-    return LayerPlan(layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer, fallback=fallback)
+    return LayerPlan(
+        layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer, fallback=fallback, train=rule.train
+    )
 
 
 def _overflowing(products: int, rule: Rule) -> str:

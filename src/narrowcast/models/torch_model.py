@@ -29,6 +29,9 @@ _HOOK_TABLES = (
 _OTHER_LAYOUTS = frozenset({"Conv1D", "ConvTranspose2d"})
 
 
+WAS_TRAINING = "the model was in training mode; it was quantized, and is returned, in evaluation mode"
+
+
 class TorchModel(ModelAdapter):
     """A PyTorch module as the pipeline sees it.
 
@@ -53,9 +56,22 @@ class TorchModel(ModelAdapter):
             )
         if self.model.training:
             self.model.eval()
-            self.notes.append("the model was in training mode; it was quantized, and is returned, in evaluation mode")
+            self.notes.append(WAS_TRAINING)
         self._take_attention_apart_()
         self._layers: list[Layer] | None = None
+
+    @classmethod
+    def around(cls, model: nn.Module, *, copy: bool = True) -> TorchModel:
+        """An adapter of a model whose modules narrowcast has installed already; it finds no layers in it.
+
+        Args:
+            model: any module.
+            copy: work on a copy that shares the tensors until they are replaced.
+        """
+        made = cls.__new__(cls)
+        made.original, made.model = model, _structural_copy(model) if copy else model
+        made.notes, made._layers = [], []
+        return made
 
     def layers(self) -> list[Layer]:
         """See `ModelAdapter`."""

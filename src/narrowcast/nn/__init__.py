@@ -10,6 +10,7 @@ from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
 from narrowcast.nn.outliers import OutlierLinear, outlier_bits
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
+from narrowcast.nn.training import DEFAULT_TRAINING, TRAINING, Training
 
 MODULES: dict[str, type[InstalledModule]] = {
     module.kind: module
@@ -27,9 +28,11 @@ MODULES: dict[str, type[InstalledModule]] = {
 }
 
 __all__ = [
+    "DEFAULT_TRAINING",
     "FLOAT",
     "INTEGER_MODES",
     "MODULES",
+    "TRAINING",
     "Activation",
     "ConvShape",
     "ExpertsShape",
@@ -46,6 +49,7 @@ __all__ = [
     "QuantizedRecurrent",
     "RecurrentShape",
     "StoredWeight",
+    "Training",
     "activation_mode",
     "activation_spec",
     "is_int8_per_channel",

@@ -118,8 +118,7 @@ class TrainedModule(nn.Module):
         return {name: self._record(name, part) for name, part in self.ranges.items()}  # type: ignore[arg-type]
 
     def _record(self, name: str, part: AnyRange) -> QuantizedTensor:
-        with torch.no_grad():
-            matrix = self.matrix(name)
+        matrix = self.matrix(name).detach()
         if not all_finite(matrix):
             raise ModelError(
                 f"layer {self.path!r}: its trained {name} is not finite; the loss was probably NaN or infinite: lower "

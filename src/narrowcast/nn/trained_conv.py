@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from narrowcast.core import spread_channels
 from narrowcast.nn.conv import QuantizedConv
 from narrowcast.nn.trained import AnyRange, TrainedModule
 from narrowcast.nn.trained_inputs import Geometry, codes_of, product
 from narrowcast.nn.trained_ranges import InputRange
 from narrowcast.nn.training import Training
-from narrowcast.core import spread_channels
 
 # A gamma of zero silences its channel; the factor is kept this large so that it can be divided out again.
 _SMALLEST_FACTOR = 1e-8

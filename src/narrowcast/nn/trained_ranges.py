@@ -146,9 +146,7 @@ class WeightRange(Range):
     def __init__(self, start: QuantizedTensor, weight: Tensor, training: Training) -> None:
         assert start.scale is not None
         learns, shape = training.weights == "learned", tuple(start.scale.shape)
-        super().__init__(
-            start.scale, start.zero_point, learns=learns, shifts=training.offsets and learns, shared=shape
-        )
+        super().__init__(start.scale, start.zero_point, learns=learns, shifts=training.offsets and learns, shared=shape)
         self.spec, self.shape = start.spec, start.shape
         self.register_buffer("start_span", None if learns else _span(weight, start.spec))
         elements = to_blocks(weight[:1, :1].expand(self.shape), start.spec.granularity).shape[-1]

@@ -105,7 +105,7 @@ class TrainedRecurrent(TrainedModule):
         return out, (last[0], last[1]) if shape.cell == "LSTM" else last[0]
 
     def _round_input(self, x: Tensor) -> Tensor:
-        if self._rounding.mode == "float":
+        if self._rounding.mode != "dynamic":
             return x
         with torch.no_grad():
             change = rounded(x, self._rounding, None).to(x.dtype) - x
