@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from narrowcast.core import QuantizedTensor, all_finite
 from narrowcast.errors import FormatError, ModelError, RecipeError
-from narrowcast.nn.activation import Activation
+from narrowcast.nn.activation import FLOAT, Activation
 from narrowcast.nn.base import QuantizedModule
 from narrowcast.nn.input_watch import InputWatch, first_samples
 from narrowcast.nn.trained_inputs import Rounding, StaticRange, unclamped_codes
@@ -83,7 +83,7 @@ class TrainedModule(nn.Module):
         self.path, self.method = path, training.name
         self.ranges = nn.ModuleDict(ranges)
         self.input_range = input_range
-        self.spec_of_input = quantized.activation.spec
+        self.spec_of_input = getattr(quantized, "activation", FLOAT).spec  # an embedding has none
         self.clips = input_range is not None and input_range.clips
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         config = {"module": quantized.kind, "train": training.name, "config": quantized.config()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from narrowcast.core import spread_channels
 from narrowcast.errors import ModelError
 from narrowcast.models.layer_kinds import kind_of
-from narrowcast.nn import TRAINING, ConvShape, QuantizedModule, Training
+from narrowcast.models.torch_model import WAS_TRAINING
+from narrowcast.nn import FLOAT, TRAINING, ConvShape, QuantizedModule, Training
 from narrowcast.nn.trained import AnyRange, TrainedModule, WeightCast
 from narrowcast.nn.trained_conv import TrainedConv
 from narrowcast.nn.trained_ranges import InputRange, WeightRange, start_inside_cells
@@ -170,7 +171,7 @@ class _Builder:
         return weight, bias, own
 
     def _input_range(self, path: str, quantized: QuantizedModule, training: Training) -> InputRange | None:
-        ranges = quantized.input_ranges()
+        ranges = quantized.input_ranges() if hasattr(quantized, "activation") else FLOAT
         if ranges.mode != "static":
             return None
         if path not in self.inputs:
