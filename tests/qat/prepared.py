@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tests.pipeline.models import example
 from torch import Tensor, nn
 
 import narrowcast as nc
-from tests.pipeline.models import example
 
 STATIC, CHANNELS = "uint8/tensor static:minmax", "uint8/channel static:minmax"
 TABLE = {"type": "Embedding", "weight": "int8/channel/asym", "optional": True}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.pipeline.models import example
+from tests.qat.prepared import CASES, CHANNELS, STATIC, answer, prepared, recipe, train_
 from torch import nn
 
 import narrowcast as nc
 from narrowcast.nn.trained import TrainedModule
-from tests.pipeline.models import example
-from tests.qat.prepared import CASES, CHANNELS, STATIC, answer, prepared, recipe, train_
 
 every_case = pytest.mark.parametrize("name,weight,given", CASES)
 

@@ -18,6 +18,7 @@ from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
 from narrowcast.models.modules import get_module, replace_everywhere_
 from narrowcast.models.patches import input_rows
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
+from narrowcast.nn.trained import TrainedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
 _SAMPLE_ELEMENTS = 1 << 20
@@ -43,6 +44,10 @@ class TorchModel(ModelAdapter):
     def __init__(self, model: nn.Module, *, inplace: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load or build the model first")
+        if any(isinstance(module, TrainedModule) for module in model.modules()):
+            raise ModelError(
+                "the model is prepared for training already; train and convert it, or start from the float model"
+            )
         if any(isinstance(module, InstalledModule) for module in model.modules()):
             raise ModelError("the model is quantized already; start from the float model")
         if lazy := next((name for name, tensor in model.named_parameters() if is_lazy(tensor)), ""):

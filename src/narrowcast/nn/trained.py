@@ -40,10 +40,6 @@ class WeightCast(nn.Module):
         """The weight as the format holds it, float32."""
         return weight + (weight.detach().to(self.spec.format.storage).float() - weight.detach())
 
-    def rows(self, weight: Tensor, index: Tensor) -> Tensor:
-        """The same of some rows."""
-        return self.quantized(nn.functional.embedding(index, weight))
-
     def record(self, weight: Tensor) -> QuantizedTensor:
         """See `WeightRange.record`."""
         return QuantizedTensor(self.spec.format.encode(weight.detach()), None, None, self.spec)
@@ -68,10 +64,12 @@ class TrainedModule(nn.Module):
     Attributes:
         twin_of: the quantized module that this is the twin of.
         steps: [1] int64, forward passes in training mode.
+        start: [1] int64, a sum over the bits of what is trained as it was at the start.
     """
 
     twin_of: ClassVar[type[QuantizedModule]]
     steps: Tensor
+    start: Tensor
     settings: Tensor
     input_range: InputRange | None
 
@@ -86,6 +84,7 @@ class TrainedModule(nn.Module):
         self.spec_of_input = getattr(quantized, "activation", FLOAT).spec  # an embedding has none
         self.clips = input_range is not None and input_range.clips
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("start", torch.zeros(1, dtype=torch.int64))
         config = {"module": quantized.kind, "train": training.name, "config": quantized.config()}
         text = json.dumps(config, sort_keys=True).encode()
         self.register_buffer("settings", torch.frombuffer(bytearray(text), dtype=torch.uint8).clone())
@@ -190,20 +189,22 @@ class TrainedModule(nn.Module):
     def _evaluated(self, arguments: Any, named: Any) -> Any:
         return self.built()(*arguments, **named)
 
+    def begin_(self) -> None:
+        """Remember the parameters as they are: what training starts from."""
+        self.start.fill_(sum(_bits(p) for p in self.parameters()))
+
+    def was_trained(self) -> bool:
+        """Whether it ran in training mode, or, as a moving average does, got other parameters."""
+        return int(self.steps) > 0 or int(self.start) != sum(_bits(p) for p in self.parameters())
+
     def _fingerprint(self) -> tuple[Any, ...]:
         """Changes when a tensor does, also one that is written through `.data`, which counts no version."""
-
-        def bits(tensor: Tensor) -> int:
-            values = tensor.detach()
-            whole = {4: torch.int32, 2: torch.int16, 8: torch.int64, 1: torch.int8}[values.element_size()]
-            return int(values.contiguous().view(whole).sum(dtype=torch.int64)) if values.numel() else 0
-
-        return tuple((t.data_ptr(), t._version, bits(t)) for t in self._deciding())
+        return tuple((t.data_ptr(), t._version, _bits(t)) for t in self._deciding())
 
     def _deciding(self) -> Iterator[Tensor]:
         yield from self.parameters()
         for name, buffer in self.named_buffers():
-            if name != "steps" and not name.endswith("num_batches_tracked"):
+            if name not in ("steps", "start", "settings") and not name.endswith("num_batches_tracked"):
                 yield buffer
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -228,6 +229,13 @@ class TrainedModule(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"train={self.method}, input={Activation(self.spec_of_input).mode}"
+
+
+def _bits(tensor: Tensor) -> int:
+    """The sum of a tensor's elements read as integers."""
+    values = tensor.detach()
+    whole = {4: torch.int32, 2: torch.int16, 8: torch.int64, 1: torch.int8}[values.element_size()]
+    return int(values.contiguous().view(whole).sum(dtype=torch.int64)) if values.numel() else 0
 
 
 def _said(settings: Tensor) -> str:

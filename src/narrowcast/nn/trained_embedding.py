@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from narrowcast.core import PerChannel, PerGroup
 from narrowcast.nn.embedding import QuantizedEmbedding
-from narrowcast.nn.trained import AnyRange, TrainedModule
+from narrowcast.nn.trained import AnyRange, TrainedModule, WeightCast
 from narrowcast.nn.trained_ranges import InputRange
 from narrowcast.nn.training import Training
 
@@ -46,12 +46,8 @@ class TrainedEmbedding(TrainedModule):
         """[...] integer -> [..., embedding_dim]; the row of `padding_idx` gets no gradient, as in torch."""
         part = self.weight_range()
         weight = self.weight.float()
-        if not isinstance(part.spec.granularity, PerChannel | PerGroup) or not part.spec.format.scaled:
+        if isinstance(part, WeightCast) or not isinstance(part.spec.granularity, PerChannel | PerGroup):
             rows = functional.embedding(indices, part.quantized(weight), self.padding_idx)
             return rows.to(self.weight.dtype)
-        chosen, place = torch.unique(indices, return_inverse=True)
-        rows = part.rows(weight, chosen)
-        if self.padding_idx is not None:
-            padding = (chosen == self.padding_idx).unsqueeze(-1)
-            rows = torch.where(padding, rows.detach(), rows)
-        return functional.embedding(place, rows).to(self.weight.dtype)
+        rows = part.rows(weight, indices.reshape(-1), self.padding_idx)
+        return rows.view(*indices.shape, self.embedding_dim).to(self.weight.dtype)

@@ -170,18 +170,18 @@ class WeightRange(Range):
         zero_point = None if zero is None else zero.to(torch.int32)
         return QuantizedTensor(from_blocks(codes, self.spec.granularity, self.shape), scale, zero_point, self.spec)
 
-    def rows(self, weight: Tensor, index: Tensor) -> Tensor:
+    def rows(self, weight: Tensor, index: Tensor, padding: int | None) -> Tensor:
         """The quantized values of some rows; every row has scales of its own.
 
         Args:
             weight: [rows, columns] float32.
             index: [chosen] int64.
+            padding: the row that gets no gradient, or None.
         """
         scale, zero = self._range(weight)
-        return fake_quantize(
-            nn.functional.embedding(index, weight), nn.functional.embedding(index, scale),
-            None if zero is None else nn.functional.embedding(index, zero), self.spec,
-        )  # fmt: skip
+        chosen, its_scale = (nn.functional.embedding(index, part, padding) for part in (weight, scale))
+        its_zero = None if zero is None else nn.functional.embedding(index, zero, padding)
+        return fake_quantize(chosen, its_scale, its_zero, self.spec)
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.start_span is not None:

@@ -41,9 +41,10 @@ def convert(model: nn.Module, *, strict: bool = False) -> Quantized:
     inner = unwrapped(model)
     prepared = prepared_of(inner)
     steps = {path: int(twin.steps) for path, twin in twins_of(inner)}
-    _check_ran(steps, strict=strict)
+    idle = {path for path, twin in twins_of(inner) if not twin.was_trained()}
+    _check_ran(idle, len(steps), strict=strict)
     adapter, records = _installed(inner)
-    outcomes = [_outcome(row, prepared, records, steps) for row in prepared.outcomes]
+    outcomes = [_outcome(row, prepared, records, steps, idle) for row in prepared.outcomes]
     adapter.model.eval()
     outcomes, notes = fuse(adapter, prepared.flows, outcomes, prepared.probe)
     totals = replace(
@@ -58,18 +59,17 @@ def convert(model: nn.Module, *, strict: bool = False) -> Quantized:
     return Quantized(adapter.model, report, prepared.plan.recipe, prepared.source)
 
 
-def _check_ran(steps: dict[str, int], *, strict: bool) -> None:
-    if steps and not any(steps.values()):
+def _check_ran(idle: set[str], twins: int, *, strict: bool) -> None:
+    if twins and len(idle) == twins:
         raise ModelError(
             "the model was never run in training mode, so there is nothing trained to convert; train it (model.train() "
             "and forward passes), load the state_dict of a trained one, or use nc.quantize for post-training "
             "quantization"
         )
-    idle = [path for path, count in steps.items() if not count]
     if idle and strict:
         raise ContractError(
             f"strict: {len(idle)} layers never ran in training and are as post-training quantization left them: "
-            f"{', '.join(repr(path) for path in idle[:10])}"
+            f"{', '.join(repr(path) for path in sorted(idle)[:10])}"
         )
 
 
@@ -94,7 +94,7 @@ def _installed(model: nn.Module) -> tuple[TorchModel, dict[str, dict[str, float]
 
 
 def _outcome(
-    row: LayerOutcome, prepared: Prepared, quality: dict[str, dict[str, float]], steps: dict[str, int]
+    row: LayerOutcome, prepared: Prepared, quality: dict[str, dict[str, float]], steps: dict[str, int], idle: set[str]
 ) -> LayerOutcome:
     """What the report says of one weight after training."""
     planned = next((r for r in prepared.plan.layers if r.layer.name == row.layer), None)
@@ -104,7 +104,7 @@ def _outcome(
     passes = steps[site.path]
     notes = [f"started from {row.method}", *row.notes]
     cleared = replace(row, output_sqnr_db=None, float_ms=None, quantized_ms=None, errors=[], notes=notes)
-    if not passes:
+    if site.path in idle:
         reason = "; ".join(part for part in (row.reason, "it never ran in training") if part)
         return replace(cleared, reason=reason)
     sqnr = quality[site.path].get(site.parameter)

@@ -109,6 +109,7 @@ class _Builder:
         elif issubclass(twin, TrainedRecurrent):
             more = {"dropout": float(getattr(self.begun.floats[path], "dropout", 0.0))}
         made: TrainedModule = twin(path, quantized, training, ranges, input_range, weights, **more)  # type: ignore[call-arg]
+        made.begin_()
         self.adapter.install(path, made)
 
     def _start(
