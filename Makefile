@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 TORCH := torch==2.13.0
 BUILD_TOOLS := scikit-build-core cmake ninja
 SOURCES := $(wildcard csrc/*) CMakeLists.txt
@@ -65,12 +66,22 @@ $(VENV)/.bench: $(VENV)/.package
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -e '.[bench]'
 	touch $@ $(LIBRARY_STAMP)
 
-bench: $(VENV)/.bench native
-	$(BIN)/python -m benchmarks
+# The peers of the low-bits table, in an environment of their own; the constraint keeps each of them from replacing torch.
+$(PEERS)/.peers: pyproject.toml
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	echo '$(TORCH)' > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
+	PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(PEERS)/constraints.txt --no-build-isolation -e '.[peers,demo,hf]'
+	touch $@
+
+bench: $(VENV)/.bench $(PEERS)/.peers native
+	NARROWCAST_PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m benchmarks
 
 demo: $(VENV)/.demo native
 	$(BIN)/narrowcast demo
 
 clean:
-	rm -rf build dist $(VENV)/.package $(VENV)/.demo $(VENV)/.bench $(LIBRARY_STAMP)
+	rm -rf build dist $(VENV)/.package $(VENV)/.demo $(VENV)/.bench $(PEERS)/.peers $(LIBRARY_STAMP)
 	rm -f src/narrowcast/kernels/*.so src/narrowcast/kernels/*.dll

@@ -35,16 +35,27 @@ StoredWeightArguments::StoredWeightArguments(const Tensor& codes, const Tensor& 
   NARROWCAST_CHECK((shared || scale.size(0) == rows_) && scale.size(1) == groups, op, "scale must have shape [", rows_,
                    ", ", groups, "], got ", shape_text(scale));
   codes_ = Contiguous(codes), scale_ = Contiguous(scale);
+  bool zero_is_half = false;
   if (zero_point.has_value()) {
-    check_tensor(*zero_point, ScalarType::Byte, 2, op, "zero_point");
+    zero_is_half = zero_point->scalar_type() == ScalarType::Half;
+    check_tensor(*zero_point, zero_is_half ? ScalarType::Half : ScalarType::Byte, 2, op, "zero_point");
     NARROWCAST_CHECK(zero_point->size(0) == scale.size(0) && zero_point->size(1) == groups, op,
                      "zero_point must have shape ", shape_text(scale), ", got ", shape_text(*zero_point));
     NARROWCAST_CHECK(!levels.has_value(), op, "levels have no zero points");
     zero_point_ = Contiguous(*zero_point);
   }
+  int64_t levels_stride = 0;
   if (levels.has_value()) {
-    check_tensor(*levels, ScalarType::Float, 1, op, "levels");
-    check_length(*levels, int64_t{1} << bits, op, "levels");
+    const int64_t count = int64_t{1} << bits;
+    if (levels->dim() == 3) {
+      check_tensor(*levels, ScalarType::Float, 3, op, "levels");
+      NARROWCAST_CHECK(levels->size(0) == rows_ && levels->size(1) == groups && levels->size(2) == count, op,
+                       "levels must have shape [", rows_, ", ", groups, ", ", count, "], got ", shape_text(*levels));
+      levels_stride = groups * count;
+    } else {
+      check_tensor(*levels, ScalarType::Float, 1, op, "levels");
+      check_length(*levels, count, op, "levels");
+    }
     NARROWCAST_CHECK(!is_signed, op, "codes of levels must be uint8");
     levels_ = Contiguous(*levels);
   }
@@ -54,8 +65,10 @@ StoredWeightArguments::StoredWeightArguments(const Tensor& codes, const Tensor& 
              is_signed,
              scale_.data(),
              type,
-             zero_point_.data<uint8_t>(),
+             zero_point_.data(),
+             zero_is_half,
              levels_.data<float>(),
+             levels_stride,
              shared ? 0 : groups,
              group,
              columns};

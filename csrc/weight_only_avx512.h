@@ -13,7 +13,12 @@
 namespace narrowcast {
 namespace {
 
-bool covers(const StoredWeight& weight) { return covers_lanes(weight) && (weight.levels == nullptr || weight.bits <= 4); }
+bool covers(const StoredWeight& weight) {
+  if (!covers_lanes(weight)) return false;
+  // learned levels: one table for a whole row
+  return weight.levels == nullptr ||
+         (weight.bits <= 4 && (weight.levels_stride == 0 || weight.group >= weight.columns));
+}
 
 // Arranged blocks, then their sums per lane, then the columns behind the last whole block.
 int64_t arranged(const StoredWeight& weight, int) {
@@ -69,11 +74,12 @@ inline void add_fields(__m512i lanes, __m512 table, const float* x, int64_t stri
   if constexpr (kField + 1 < fields_of(kBits)) add_fields<kBits, kRows, kField + 1>(lanes, table, x, stride, partial);
 }
 
-inline __m512 level_table(const StoredWeight& weight) {
+inline __m512 level_table(const StoredWeight& weight, int64_t row) {
   alignas(64) float table[16] = {};
+  const float* levels = weight.levels != nullptr ? load_levels(weight, row, 0) : nullptr;
   for (int entry = 0; entry < 16 && weight.bits <= 4; ++entry) {
     const int field = entry & ((1 << weight.bits) - 1);
-    table[entry] = weight.levels != nullptr ? weight.levels[field] : static_cast<float>(field - (1 << (weight.bits - 1)));
+    table[entry] = levels != nullptr ? levels[field] : static_cast<float>(field - (1 << (weight.bits - 1)));
   }
   return _mm512_load_ps(table);
 }
@@ -84,11 +90,12 @@ void rows_of_columns(const StoredWeight& weight, const float* x, int64_t begin, 
   constexpr int64_t fields = fields_of(kBits), block_size = 16 * fields;
   const int64_t blocks = weight.columns / block_size, stride = arranged(weight, 1);
   const LaneScales lanes(weight, block_size, fields);
-  const __m512 table = level_table(weight);
+  __m512 table = level_table(weight, begin);
   const __m512i flip = _mm512_set1_epi8(weight.is_signed ? 0 : static_cast<char>(0x80));
   for (int64_t column = begin; column < end; ++column) {
     const uint8_t* codes = weight.codes + column * weight.row_bytes;
     const int64_t first = column * weight.scale_stride;
+    if (weight.levels_stride != 0) table = level_table(weight, column);
     __m512 total[kRows];
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) total[row] = _mm512_setzero_ps();

@@ -60,9 +60,15 @@ struct LaneScales {
     const int middle = 1 << (weight.bits - 1);
     if (per_block == 0) {
       const int64_t at = first + (per_scale == INT64_MAX ? 0 : block / per_scale);
-      return _mm512_set1_ps(static_cast<float>(weight.zero_point[at] - middle));
+      return _mm512_set1_ps(load_zero(weight, at) - static_cast<float>(middle));
     }
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, weight.zero_point + first + block * per_block);
+    const int64_t at = first + block * per_block;
+    if (weight.zero_is_half) {
+      const auto* halves = static_cast<const uint16_t*>(weight.zero_point) + at;
+      const __m512 values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves));
+      return _mm512_permutexvar_ps(spread, _mm512_sub_ps(values, _mm512_set1_ps(static_cast<float>(middle))));
+    }
+    const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(weight.zero_point) + at);
     const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(middle));
     return _mm512_permutexvar_ps(spread, _mm512_cvtepi32_ps(centred));
   }

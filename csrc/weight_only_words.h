@@ -18,7 +18,7 @@ constexpr int slots_of(int bits) { return bits == 2 ? 8 : bits == 4 || bits == 8
 bool covers(const StoredWeight& weight) {
   if (!covers_lanes(weight)) return false;
   if (weight.levels == nullptr) return true;
-  if (weight.bits > 4) return false;
+  if (weight.bits > 4 || weight.levels_stride != 0) return false;
   uint32_t lost = 0;
   for (int field = 0; field < 1 << weight.bits; ++field) lost |= float_to_bits(weight.levels[field]) & 0xffffu;
   return lost == 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from narrowcast.kernels.reference import LONGEST_SUM
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
 from narrowcast.models.rewrite import untie_
 from narrowcast.nn import DEFAULT_TRAINING, INTEGER_MODES, activation_mode, outlier_bits
-from narrowcast.recipe import InputRule, Recipe, Rule, load_recipe
+from narrowcast.recipe import InputRule, Recipe, Rule, default_method, load_recipe
 from narrowcast.report import format_bytes
 from narrowcast.transforms import make_transform
 
@@ -35,6 +36,7 @@ class LayerPlan:
         weight: format it gets; None when it is kept.
         input: treatment of its input; None leaves it float.
         method: weight solver and options.
+        chosen: whether the recipe left the solver to `default_method`.
         reason: why it is kept, or what is worth knowing.
         bits_per_weight: stored bits, scales counted.
         bytes_after: bytes of the weight.
@@ -49,6 +51,7 @@ class LayerPlan:
     weight: QuantSpec | None = None
     input: InputRule | None = None
     method: Mapping[str, Any] = field(default_factory=dict)
+    chosen: bool = False
     reason: str = ""
     bits_per_weight: float = 32.0
     bytes_after: int = 0
@@ -154,10 +157,18 @@ def untie_for(adapter: TorchModel, recipe: Recipe) -> None:
         adapter.notes.append(f"{path} was tied to an embedding; it has a matrix of its own now, as rotate asks")
 
 
-def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
-    """The plan for an adapter whose BatchNorms are (or will be) folded as `folds` says."""
+def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport, *, has_data: bool | None = None) -> Plan:
+    """The plan for an adapter whose BatchNorms are (or will be) folded as `folds` says.
+
+    Args:
+        adapter: the model.
+        recipe: the recipe.
+        folds: pairs of convolution and BatchNorm.
+        has_data: whether there is calibration data; None where that is not known yet, and the plan is for some.
+    """
     used: set[int] = set()
     rows = [_plan_layer(adapter, layer, recipe, used, folds) for layer in adapter.layers()]
+    rows = [_with_method(adapter, row, has_data is not False) for row in rows]
     _refuse_unused(recipe, used, [row.layer for row in rows])
     _refuse_torn_modules(rows)
     before = sum(row.layer.bytes for row in rows)
@@ -165,11 +176,30 @@ def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport) -> Plan:
     largest = max((row.layer.parameters for row in rows if row.weight is not None), default=0)
     notes = [*adapter.notes, *(f"BatchNorm {norm} is folded into {conv}" for norm, conv in folds.folded.items())]
     notes += [f"BatchNorm {norm} stays: {why}" for norm, why in folds.kept.items()]
+    notes += _solver_notes(rows) if has_data is None else []
     if recipe.transforms:
         names = ", ".join(name for entry in recipe.transforms for name in entry)
         notes.append(f"before quantizing: {names}; the float function stays the same")
     # solving holds a float32 copy of one weight, its codes, and about three more of that size while it searches
     return Plan(type(adapter.original).__name__, recipe, rows, before, after, before + after + 20 * largest, notes)
+
+
+def _with_method(adapter: TorchModel, row: LayerPlan, has_data: bool) -> LayerPlan:
+    """The row with a solver, where its rule names none."""
+    if row.weight is None or row.method:
+        return row
+    multiplied = any(adapter.takes_activation(site) for site in row.layer.sites)
+    method = default_method(row.layer, row.weight, multiplied=multiplied, has_data=has_data)
+    return replace(row, method=method, chosen=True)
+
+
+def _solver_notes(rows: list[LayerPlan]) -> list[str]:
+    """What a plan without data cannot know: that some weights are rounded to nearest where there will be none."""
+    counted = Counter(next(iter(row.method)) for row in rows if row.chosen and "rtn" not in row.method)
+    return [
+        f"{count} weights are solved by {name}, which needs calibration data; without it they are rounded to nearest"
+        for name, count in counted.items()
+    ]
 
 
 def _plan_layer(adapter: TorchModel, layer: Layer, recipe: Recipe, used: set[int], folds: FoldReport) -> LayerPlan:
@@ -220,8 +250,9 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
         reason = "tied: " + ", ".join(site.path for site in layer.sites)
     bytes_after = round(bits * layer.parameters / 8)
     return LayerPlan(
-        layer, spec, given, rule.method, reason, bits, bytes_after, kernel, integer, fallback=fallback, train=rule.train
-    )
+        layer, spec, given, rule.method, reason=reason, bits_per_weight=bits, bytes_after=bytes_after, kernel=kernel,
+        integer=integer, fallback=fallback, train=rule.train,
+    )  # fmt: skip
 
 
 def _overflowing(products: int, rule: Rule) -> str:
@@ -255,7 +286,8 @@ def _no_kernel(layer: Layer, spec: QuantSpec, rule: Rule) -> str:
     else:
         remedy = (
             "linear layers run with 'int8/channel' and any of these inputs, or with 'int8/token' and int2..int6, nf4, "
-            "fp4_e2m1 or symmetric int8 per channel or in groups of a multiple of 16, with scales in fp16 or fp32"
+            "fp4_e2m1 or symmetric int8 per channel or in groups of a multiple of 16, with scales in fp16, fp32 or, "
+            "without 'asym', k6"
         )
     return (
         f"layer {layer.name!r} ({layer.type}): no integer kernel multiplies weights in {str(spec)!r} with inputs in "

@@ -78,7 +78,8 @@ def format_sizes(matrices: Iterable[tuple[int, int]], other: int = 0, *, group: 
         group: weights that share a scale.
 
     Returns:
-        One row per format of FORMATS that can hold a weight, then the microscaling formats (always groups of 32).
+        One row per format of FORMATS that can hold a weight (learned levels always per channel), then the microscaling
+        formats (always groups of 32).
 
     Raises:
         FormatError: `group` is smaller than 1.
@@ -91,13 +92,15 @@ def format_sizes(matrices: Iterable[tuple[int, int]], other: int = 0, *, group: 
 
 
 def _format_size(name: str, counted: Mapping[tuple[int, int], int], other: int, group: int) -> FormatSize:
-    spec = QuantSpec.parse(name if name in ALIASES or not FORMATS[name].scaled else f"{name}/group{group}")
+    # learned levels are for whole rows: a table of them costs more bits than a group has
+    alone = name in ALIASES or not FORMATS[name].scaled
+    spec = QuantSpec.parse(name if alone else f"{name}/group{group}")
     bits = spec.format.bits
     codes = sum(number * rows * -(-columns * bits // 8) for (rows, columns), number in counted.items())
     total = sum(
         number * round(spec.bits_per_value(shape) * shape[0] * shape[1] / 8) for shape, number in counted.items()
     )
-    return FormatSize(name, bits, codes + other, str(spec) if spec.format.scaled else "", total + other)
+    return FormatSize(name, bits, codes + other, "" if spec.format.is_cast else str(spec), total + other)
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def cache_bytes(shape: TransformerShape, name: str, *, batch: int, context: int)
         batch: sequences at once.
         context: tokens of each.
     """
-    spec = QuantSpec.parse(f"{name}/group32" if FORMATS[name].scaled else name)
+    spec = QuantSpec.parse(name if FORMATS[name].is_cast else f"{name}/group32")
     tokens = shape.cached_layers * context + shape.windowed_layers * min(context, shape.window or context)
     return round(batch * tokens * shape.cached_values * spec.bits_per_value((1, shape.cached_values)) / 8)
 

@@ -22,6 +22,10 @@ def test_the_number_of_the_issue_is_shown_in_every_format(cli):
     assert {"fp32", "fp16", "uint8", "uint4", "int2", "nf4", "fp4_e2m1", "e8m0", "mxfp4", "mxfp8"} <= rows.keys()
 
 
+def test_formats_whose_levels_are_learned_say_nothing_of_one_number(cli):
+    assert not [name for name in formats(cli("show", "0.5", "--json")) if name.startswith("codebook")]
+
+
 def test_float_bits_are_those_of_ieee(cli):
     rows = formats(cli("show", "-0.3", "--json"))
     expected = format(struct.unpack("<I", struct.pack("<f", -0.3))[0], "032b")

@@ -65,6 +65,12 @@ def test_group_scales_cost_two_bytes_each():
     assert sizes["fp16"].total == sizes["fp16"].codes == 6400
 
 
+def test_learned_levels_are_counted_per_channel():
+    sizes = {size.name: size for size in format_sizes([(10, 4096)], group=32)}
+    assert sizes["codebook3"].codes == 10 * 1536
+    assert sizes["codebook3"].total == 10 * (1536 + 8 * 2)
+
+
 def test_a_short_last_group_has_a_scale_of_its_own():
     sizes = {size.name: size for size in format_sizes([(2, 172)], group=32)}
     assert sizes["int4"].total == 2 * (86 + 6 * 2)

@@ -21,7 +21,8 @@ NF4_TABLE = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 INT_FORMATS = [row for row in FORMATS.values() if row.kind == "int"]
-SMALL_FORMATS = [row for row in FORMATS.values() if row.bits <= 8]
+FIXED = [row for row in FORMATS.values() if not row.learned]
+SMALL_FORMATS = [row for row in FIXED if row.bits <= 8]
 ML_DTYPES = {
     "fp8_e4m3": "float8_e4m3fn",
     "fp8_e5m2": "float8_e5m2",
@@ -137,21 +138,21 @@ def test_every_scale_exponent_is_exact_and_its_nan_code_is_nan() -> None:
     assert row.encode(torch.tensor([0.0, -3.0, 3.4e38])).tolist() == [0, 0, 254]
 
 
-@pytest.mark.parametrize("row", FORMATS.values(), ids=name_of)
+@pytest.mark.parametrize("row", FIXED, ids=name_of)
 def test_values_beyond_the_range_become_the_bound(row: NumberFormat) -> None:
     largest = torch.finfo(torch.float32).max
     decoded = row.decode(row.encode(torch.tensor([-largest, largest])))
     assert decoded.tolist() == [max(row.low, -largest), min(row.high, largest)]
 
 
-@pytest.mark.parametrize("row", FORMATS.values(), ids=name_of)
+@pytest.mark.parametrize("row", FIXED, ids=name_of)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_named_with_its_position(row: NumberFormat, bad: float) -> None:
     with pytest.raises(FormatError, match=rf"{row.name}: element \(1, 2\) is {bad}; 1 of 6"):
         row.encode(torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, bad]]))
 
 
-@pytest.mark.parametrize("row", FORMATS.values(), ids=name_of)
+@pytest.mark.parametrize("row", FIXED, ids=name_of)
 def test_any_shape_is_encoded_also_none_and_non_contiguous(row: NumberFormat) -> None:
     for values in (torch.rand(0, 3), torch.tensor(0.5), torch.rand(3, 4).t(), torch.rand(2, 3, 4)[:, ::2, ::3]):
         codes = row.encode(values)
@@ -160,9 +161,7 @@ def test_any_shape_is_encoded_also_none_and_non_contiguous(row: NumberFormat) ->
         assert row.decode(codes).shape == values.shape
 
 
-@given(
-    st.sampled_from([row.name for row in FORMATS.values()]), st.floats(width=32, allow_nan=False, allow_infinity=False)
-)
+@given(st.sampled_from([row.name for row in FIXED]), st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_encoding_twice_is_encoding_once(name: str, value: float) -> None:
     row = FORMATS[name]
     once = row.decode(row.encode(torch.tensor([value])))
@@ -170,7 +169,7 @@ def test_encoding_twice_is_encoding_once(name: str, value: float) -> None:
 
 
 @given(
-    st.sampled_from([row.name for row in FORMATS.values()]),
+    st.sampled_from([row.name for row in FIXED]),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
@@ -181,7 +180,17 @@ def test_encoding_keeps_order(name: str, one: float, other: float) -> None:
 
 
 def test_only_16_and_32_bit_floats_go_without_scales() -> None:
-    assert [row.name for row in FORMATS.values() if not row.scaled] == ["fp32", "fp16", "bf16"]
+    assert [row.name for row in FORMATS.values() if row.is_cast] == ["fp32", "fp16", "bf16"]
+    assert all(row.scaled for row in FIXED if not row.is_cast)
+
+
+def test_a_number_alone_has_no_code_where_levels_are_learned() -> None:
+    row = FORMATS["codebook3"]
+    assert (row.learned, row.scaled, row.is_cast) == (True, False, False)
+    with pytest.raises(FormatError, match="codebook3: its levels are learned from a weight"):
+        row.encode(torch.ones(2, 2))
+    with pytest.raises(FormatError, match="codebook3: its levels are learned from a weight"):
+        row.decode(torch.ones(2, 2, dtype=torch.uint8))
 
 
 def test_an_unknown_format_is_answered_with_the_known_ones() -> None:

@@ -22,6 +22,7 @@ from narrowcast.core import (
 SPECS = (
     "int8/channel", "int4/channel/asym", "int4/group8/asym", "int3/group8", "int2/tensor", "uint4/tensor",
     "int4/block4x4", "nf4/group8", "fp4_e2m1/channel", "fp8_e4m3/channel", "int4/group8/scale:int8",
+    "int4/group32/asym/scale:k6",
 )  # fmt: skip
 
 

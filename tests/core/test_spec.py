@@ -14,7 +14,7 @@ from narrowcast.errors import FormatError
 def specs(draw: st.DrawFn) -> QuantSpec:
     """Any spec that is legal."""
     row = draw(st.sampled_from([row for row in FORMATS.values() if row.kind != "exponent"]))
-    if not row.scaled:
+    if row.is_cast:
         return QuantSpec(row, PerTensor(), True, "fp32")
     granularity = draw(
         st.one_of(
@@ -24,7 +24,15 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         )
     )
     symmetric = row.kind != "int" or (row.low != 0 and draw(st.booleans()))
-    return QuantSpec(row, granularity, symmetric, draw(st.sampled_from(SCALE_FORMATS)))
+    if row.learned:
+        return QuantSpec(row, granularity, True, "fp16" if isinstance(granularity, PerGroup) else "fp32")
+    scale_format = draw(st.sampled_from(SCALE_FORMATS))
+    if scale_format == "k6":
+        granularity, symmetric = PerGroup(2 ** draw(st.integers(0, 8))), symmetric or row.bits > 6
+        if row.low == 0 and symmetric:
+            scale_format = "fp16"
+            symmetric = False
+    return QuantSpec(row, granularity, symmetric, scale_format)
 
 
 @given(specs())
@@ -47,6 +55,9 @@ def test_a_spec_parses_what_it_prints(spec: QuantSpec) -> None:
         ("mxfp8", "fp8_e4m3/group32/scale:e8m0"),
         ("nf4/group64/scale:int8", "nf4/group64/scale:int8"),
         ("int8/block16x16", "int8/block16x16"),
+        ("int4/group32/asym/scale:k6", "int4/group32/asym/scale:k6"),
+        ("codebook4", "codebook4/channel"),
+        ("codebook2/group128", "codebook2/group128"),
         (" int8/token ", "int8/token"),
     ],
 )
@@ -65,12 +76,21 @@ def test_what_is_left_out_has_one_default_and_one_way_to_print(text: str, canoni
         ("int4/group32/channel", "'channel' gives the granularity a second time"),
         ("int4/sym/asym", "'asym' gives the symmetric a second time"),
         ("int4/scale:fp16/scale:fp16", "gives the scale format a second time"),
-        ("int4/scale:int4", "scale format 'int4' is not known; use one of fp32, fp16, e8m0, int8"),
+        ("int4/scale:int4", "scale format 'int4' is not known; use one of fp32, fp16, e8m0, int8, k6"),
         ("nf4/asym", "nf4 has no zero point"),
         ("uint8/sym", "uint8 is unsigned and cannot be symmetric"),
         ("e8m0", "e8m0 holds scales"),
         ("fp16/group32", "fp16 carries no scales; write 'fp16' alone"),
         ("bf16/asym", "bf16 has no zero point"),
+        ("codebook3/asym", "codebook3 has no zero point"),
+        ("codebook3/scale:fp16", "codebook3 has float16 levels and no scales; leave out 'scale:'"),
+        (
+            "int4/channel/scale:k6",
+            "a whole number makes 256 columns, got channel; use group16 or group32",
+        ),
+        ("int4/group48/scale:k6", "a whole number makes 256 columns, got group48"),
+        ("int4/group512/scale:k6", "a whole number makes 256 columns, got group512"),
+        ("int8/group32/asym/scale:k6", "zero points of 6 bits, too few for int8; leave out 'asym'"),
     ],
 )
 def test_an_impossible_spec_is_an_error_that_repeats_what_was_typed(text: str, reason: str) -> None:
@@ -118,6 +138,13 @@ def test_symmetric_integers_are_narrow_and_asymmetric_ones_use_every_code(text: 
         ("int8/channel", (8, 64), 8 + 32 / 64),
         ("int8/tensor", (8, 64), 8 + 32 / 512),
         ("int4/group32", (8, 64), 4 + 16 / 32),
+        ("int4/group32/asym/scale:k6", (8, 1024), 4 + 12 / 32 + 16 / 256),
+        ("int6/group16/scale:k6", (8, 1024), 6 + 6 / 16 + 16 / 256),
+        # a row of 172 columns has 6 blocks, 36 bits that end on byte 5, twice, and one float16
+        ("int4/group32/asym/scale:k6", (3, 172), (86 + 5 + 5 + 2) * 8 / 172),
+        ("codebook4/channel", (8, 4096), 4 + 16 * 16 / 4096),
+        ("codebook2/group128", (8, 256), 2 + 4 * 16 / 128),
+        ("codebook3/tensor", (8, 64), 3 + 8 * 16 / 512),
         ("int4/group32/asym", (8, 64), 4 + 24 / 32),
         ("int4/group32", (8, 172), (86 * 8 + 6 * 16) / 172),
         ("mxfp4", (8, 64), 4.25),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from narrowcast.core import QuantSpec
-from narrowcast.methods import Seen
+from narrowcast.methods import InputTraining, Seen
 
 
 @dataclass
@@ -25,9 +25,12 @@ class SmallBlock:
     def __post_init__(self) -> None:
         self.weights = {name: self.module.get_parameter(f"{name}.weight").detach() for name in self.specs}
         self.seen: dict[str, Seen] = {}
+        self.rounds_inputs, self.adjustable = False, frozenset[str]()
         self.samples = len(self.inputs)
 
-    def output(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> Tensor:
+    def output(
+        self, weights: Mapping[str, Tensor], indices: Sequence[int], training: InputTraining | None = None
+    ) -> Tensor:
         named = {f"{name}.weight": weight for name, weight in weights.items()}
         answer: Tensor = functional_call(self.module, named, (self.inputs[list(indices)],))
         return answer

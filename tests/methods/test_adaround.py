@@ -13,6 +13,9 @@ from narrowcast.errors import DataError, ModelError, RecipeError
 from narrowcast.methods import AdaRound, Rtn, Seen, make_method
 
 SPECS = (
+    "int4/group32/asym/scale:k6",
+    "int2/group16/asym/scale:k6",
+    "int6/group16/scale:k6",
     "int8/channel",
     "int4/channel/asym",
     "int4/group32/asym",

@@ -9,9 +9,12 @@ from torch import nn
 
 from narrowcast.core import QuantSpec
 from narrowcast.errors import DataError, ModelError, RecipeError
-from narrowcast.methods import AutoRound, Rtn, Seen, make_method
+from narrowcast.methods import AutoRound, InputTraining, Rtn, Seen, Solved, make_method
 
 SPECS = (
+    "int4/group32/asym/scale:k6",
+    "int2/group16/asym/scale:k6",
+    "int6/group16/scale:k6",
     "int8/channel",
     "int6/group16/asym",
     "int4/channel/asym",
@@ -83,10 +86,10 @@ def test_samples_held_out_are_never_trained_on() -> None:
     drawn: list[int] = []
 
     class Watched(SmallBlock):
-        def output(self, weights, indices):  # type: ignore[no-untyped-def]
+        def output(self, weights, indices, training=None):  # type: ignore[no-untyped-def]
             if torch.is_grad_enabled():
                 drawn.extend(indices)
-            return super().output(weights, indices)
+            return super().output(weights, indices, training)
 
     AutoRound(iterations=30).solve_block(Watched(block.module, block.inputs, block.wanted, block.specs))
     assert set(drawn) == set(range(14))
@@ -177,7 +180,7 @@ def test_a_convolution_as_a_matrix_of_its_patches_trains_too() -> None:
         wrapped = nn.Sequential(conv)
         block = SmallBlock(wrapped, inputs, wrapped(inputs), {"0": spec})
     block.weights = {"0": conv.weight.detach().flatten(1)}
-    block.output = lambda weights, indices: nn.functional.conv2d(  # type: ignore[method-assign]
+    block.output = lambda weights, indices, training=None: nn.functional.conv2d(  # type: ignore[method-assign]
         inputs[list(indices)], weights["0"].view(8, 3, 3, 3), conv.bias, padding=1
     )
     learned = {name: solved.record.dequantize() for name, solved in QUICK.solve_block(block).items()}
@@ -200,3 +203,48 @@ def test_a_convolution_as_a_matrix_of_its_patches_trains_too() -> None:
 def test_wrong_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=f"autoround: {next(iter(options))}"):
         make_method({"autoround": options})
+
+
+class RoundedBlock(SmallBlock):
+    """Its second layer's input is rounded to 4 bits under a range that is `too_wide` times what it should be."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rounds_inputs, self.adjustable = True, frozenset({"2"})
+        self.steps: list[InputTraining | None] = []
+        hidden = self.module[:2](self.inputs).detach()  # type: ignore[index]
+        self.scale = 3.0 * float(hidden.max()) / 15
+
+    def output(self, weights, indices, training=None):  # type: ignore[no-untyped-def]
+        self.steps.append(training)
+        factor = 1.0 if training is None else training.factors.get("2", 1.0)
+        hidden = torch.nn.functional.gelu(self.inputs[list(indices)] @ weights["0"].t() + self.module[0].bias)
+        scale = self.scale * factor
+        scaled = hidden / scale
+        rounded = (scaled + (scaled.round() - scaled).detach()).clamp(-4, 11) * scale
+        return rounded @ weights["2"].t() + self.module[2].bias
+
+
+def test_the_scale_of_an_input_is_trained_and_belongs_to_the_records_that_are_kept() -> None:
+    plain = perceptron("int4/channel", samples=64)
+    block = RoundedBlock(plain.module, plain.inputs, plain.wanted, plain.specs)
+    solved = AutoRound(iterations=100, input_travel=1.0).solve_block(block)
+    assert solved["0"].input_factor == 1.0 and 0.25 <= solved["2"].input_factor < 0.8
+    fixed = AutoRound(iterations=100, input_travel=0.0).solve_block(block)
+    assert fixed["2"].input_factor == 1.0
+
+    def error(answer: dict[str, Solved]) -> float:
+        weights = {name: s.record.dequantize() for name, s in answer.items()}
+        training = InputTraining({"2": torch.tensor(answer["2"].input_factor)})
+        with torch.no_grad():
+            return float((block.output(weights, judged(block), training) - block.target(judged(block))).square().mean())
+
+    assert error(solved) < error(fixed)
+
+
+def test_steps_drop_rounding_at_random_and_judging_does_not() -> None:
+    plain = perceptron("int4/channel")
+    block = RoundedBlock(plain.module, plain.inputs, plain.wanted, plain.specs)
+    AutoRound(iterations=10, drop=0.25).solve_block(block)
+    parts = [0.0 if step is None else step.dropped for step in block.steps]
+    assert set(parts) == {0.0, 0.25} and parts.count(0.25) == 10

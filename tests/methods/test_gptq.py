@@ -15,6 +15,11 @@ from narrowcast.methods import Gptq, Rtn, Seen, make_method
 from narrowcast.observers import Hessian
 
 SPECS = (
+    "int4/group32/asym/scale:k6",
+    "int2/group16/asym/scale:k6",
+    "int6/group16/scale:k6",
+    "codebook4/channel",
+    "codebook2/group16",
     "int8/channel",
     "int8/channel/asym",
     "uint8/tensor",

@@ -11,6 +11,9 @@ from narrowcast.errors import ModelError, RecipeError
 from narrowcast.methods import Hqq, make_method
 
 SPECS = (
+    "int4/group32/asym/scale:k6",
+    "int2/group16/asym/scale:k6",
+    "int3/group16/scale:k6",
     "int8/channel",
     "uint8/tensor",
     "int4/channel/asym",
@@ -33,7 +36,7 @@ def random_weight(seed: int, rows: int = 9, columns: int = 75) -> Tensor:
 
 def block_errors(weight: Tensor, record: QuantizedTensor, norm: float) -> Tensor:
     errors = to_blocks((record.dequantize() - weight).abs().pow(norm), record.spec.granularity).sum(-1)
-    return errors.sum(1) if record.spec.scale_format == "int8" else errors
+    return errors.sum(1) if record.spec.scale_format in ("int8", "k6") else errors
 
 
 @specs

@@ -13,6 +13,9 @@ from narrowcast.methods import Rtn, Seen
 from narrowcast.methods.base import relative_importance
 
 SPECS = (
+    "int4/group32/asym/scale:k6",
+    "int2/group16/asym/scale:k6",
+    "int6/group16/scale:k6",
     "int8/channel",
     "int8/channel/asym",
     "uint8/tensor",
@@ -105,13 +108,15 @@ def test_chunks_do_not_change_the_result(text: str, weighted: bool, monkeypatch:
         assert one is other is None or (one is not None and other is not None and torch.equal(one, other))
 
 
-def test_number_of_threads_does_not_change_the_result() -> None:
-    weight, spec, threads = random_weight(3, 64, 2048), QuantSpec.parse("int4/group32/asym"), torch.get_num_threads()
+@pytest.mark.parametrize("text", ["int4/group32/asym", "int4/group32/asym/scale:k6", "codebook3/channel"])
+def test_number_of_threads_does_not_change_the_result(text: str) -> None:
+    weight, spec, threads = random_weight(3, 64, 2048), QuantSpec.parse(text), torch.get_num_threads()
+    seen = Seen(importance=torch.rand(2048, generator=torch.Generator().manual_seed(4)) + 0.1)
     results = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(Rtn().quantize(weight, spec))
+            results.append(Rtn().quantize(weight, spec, seen))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0].codes, results[1].codes)

@@ -25,10 +25,16 @@ void test_expand(Random& random) {
   weight.scale_stride = random.chance(20) ? 0 : groups;
   Buffer<uint8_t> codes(rows * weight.row_bytes), zero_point(rows * groups);
   Buffer<uint8_t> scale(rows * groups * scale_bytes(weight.scale_type));
-  Buffer<float> levels(int64_t{1} << weight.bits);
+  const bool own_levels = random.chance(50);
+  const int64_t count_of_levels = int64_t{1} << weight.bits;
+  Buffer<float> levels(own_levels ? rows * groups * count_of_levels : count_of_levels);
+  Buffer<uint16_t> half_zeros(rows * groups);
   codes.fill([&] { return random.between(0, 255); });
   zero_point.fill([&] { return random.between(0, (1 << weight.bits) - 1); });
   levels.fill([&] { return random.around(1.0f); });
+  for (int64_t index = 0; index < rows * groups; ++index) {
+    store_float(half_zeros.data(), FloatType::float16, index, static_cast<float>(random.between(0, 255)) / 4.0f);
+  }
   for (int64_t index = 0; index < rows * groups; ++index) {
     if (weight.scale_type == ScaleType::e8m0) scale[index] = static_cast<uint8_t>(random.between(100, 150));
     else store_float(scale.data(), weight.scale_type == ScaleType::float32 ? FloatType::float32 : FloatType::float16,
@@ -36,7 +42,11 @@ void test_expand(Random& random) {
   }
   weight.codes = codes.data(), weight.scale = scale.data();
   weight.levels = random.chance(20) ? levels.data() : nullptr;
-  weight.zero_point = weight.levels == nullptr && random.chance(50) ? zero_point.data() : nullptr;
+  weight.levels_stride = weight.levels != nullptr && own_levels ? groups * count_of_levels : 0;
+  if (weight.levels == nullptr && random.chance(60)) {
+    weight.zero_is_half = random.chance(50);
+    weight.zero_point = weight.zero_is_half ? static_cast<const void*>(half_zeros.data()) : zero_point.data();
+  }
   const int64_t row = random.between(0, rows - 1), begin = random.between(0, (columns - 1) / 8) * 8;
   const int64_t count = random.chance(50) ? columns - begin : random.between(0, columns - begin);
   const std::string what = "expand bits " + std::to_string(weight.bits) + " columns " + std::to_string(columns) +

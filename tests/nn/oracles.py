@@ -26,14 +26,14 @@ def record(weight: Tensor, spec: str) -> QuantizedTensor:
     return quantize(weight.detach().float(), QuantSpec.parse(spec))
 
 
-def static_activation(x: Tensor, channel_dim: int, *, per_channel: bool) -> Activation:
+def static_activation(x: Tensor, channel_dim: int, *, per_channel: bool, format: str = "uint8") -> Activation:
     """A static range for `x`, one for all or one for each channel, with a zero point that is not trivial."""
     rows = x.movedim(channel_dim, -1).flatten(0, -2)
     low, high = rows.amin(0).clamp(max=0), rows.amax(0).clamp(min=0)
     if not per_channel:
         low, high = low.min().view(1), high.max().view(1)
-    scale = ((high - low) / 255).clamp(min=1e-6)
-    spec = QuantSpec.parse("uint8/channel" if per_channel else "uint8/tensor")
+    spec = QuantSpec.parse(f"{format}/channel" if per_channel else f"{format}/tensor")
+    scale = ((high - low) / spec.format.high).clamp(min=1e-6)
     return Activation(spec, scale, (-low / scale).round().to(torch.uint8))
 
 
@@ -50,7 +50,7 @@ def as_the_kernel_sees(x: Tensor, activation: Activation, channel_dim: int, *, g
         shape[channel_dim] = -1
         scale = activation.scale.view(shape)
         zero = activation.zero_point.float().view(shape)
-        return (((x * (1.0 / scale)).round() + zero).clamp(0, 255) - zero) * scale
+        return (((x * (1.0 / scale)).round() + zero).clamp(0, activation.code_high) - zero) * scale
     if activation.mode == "dynamic" and group:
         pieces = [as_the_kernel_sees(part, activation, channel_dim) for part in x.split(group, -1)]
         return torch.cat(pieces, -1)

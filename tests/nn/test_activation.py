@@ -13,7 +13,7 @@ from narrowcast.nn import FLOAT, Activation, activation_spec
 @pytest.mark.parametrize(("spec", "mode"), [
     ("fp16", "cast"), ("bf16", "cast"), ("int8/token", "dynamic"), ("uint8/token", "asymmetric"),
     ("uint8/tensor", "static"),
-    ("uint8/channel", "static"),
+    ("uint8/channel", "static"), ("uint4/tensor", "static"), ("uint4/channel", "static"),
 ])  # fmt: skip
 def test_the_spec_decides_the_mode(spec: str, mode: str) -> None:
     assert Activation(activation_spec(spec)).mode == mode
@@ -21,7 +21,7 @@ def test_the_spec_decides_the_mode(spec: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("spec", [
-    "int8", "int8/tensor", "int4/token", "int8/token/asym", "uint8/group32", "nf4/group32", "fp8_e4m3", "uint4/tensor",
+    "int8", "int8/tensor", "int4/token", "int8/token/asym", "uint8/group32", "nf4/group32", "fp8_e4m3", "uint4/token",
 ])  # fmt: skip
 def test_inputs_that_no_kernel_takes_are_refused_with_those_that_are(spec: str) -> None:
     with pytest.raises(

@@ -104,6 +104,22 @@ def test_every_geometry_meets_torch_on_the_dequantized_weight(name: str, mode: s
     close(module(x), expected)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("name", ["3x3", "depthwise", "1d strided", "transposed, grouped"])
+def test_four_bit_inputs_clip_at_their_range_in_the_integer_kernel(name: str, per_channel: bool) -> None:
+    layer = filled(PLAIN[name])
+    x = example(layer)
+    activation = static_activation(0.5 * x, 1, per_channel=per_channel, format="uint4")
+    module = converted(layer, activation, "int4")
+    seen = as_the_kernel_sees(x, activation, 1)
+    assert module.kernel.startswith("conv2d_int8") and float((seen - x).abs().max()) > 0.1
+    close(module(x), on_dequantized(layer, module, seen))
+    assert torch.equal(restored(module)(x), module(x))
+    x.view(-1)[7] = float("inf")
+    with pytest.raises(RuntimeError, match="Non-finite"):
+        module(x)
+
+
 @pytest.mark.parametrize("name", ["3x3", "depthwise", "1d strided", "transposed, grouped"])
 def test_the_weight_is_near_the_float_weight(name: str) -> None:
     layer = filled(PLAIN[name])

@@ -66,7 +66,19 @@ def test_every_weight_of_a_mixture_is_quantized_and_the_model_stays_near(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", ["int8/channel", "int4/group32/asym", "nf4/group32", "fp16", "int8/block16x16"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int8/channel",
+        "int4/group32/asym",
+        "nf4/group32",
+        "fp16",
+        "int8/block16x16",
+        "int8/tensor",
+        "codebook3/channel",
+        "int4/group16/asym/scale:k6",
+    ],
+)
 def test_the_module_computes_what_the_float_one_does_with_dequantized_weights(family: str, spec: str) -> None:
     model = build(family)
     recipe = {"rule": [{"type": "Experts", "weight": spec}, {"layers": "*", "keep": "not asked"}]}

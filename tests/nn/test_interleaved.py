@@ -29,6 +29,7 @@ RULES = {
     "int4 asymmetric": {"weight": "int4/group32/asym", "input": "int8/token"},
     "int3": {"weight": "int3/group64", "input": "int8/token"},
     "nf4": {"weight": "nf4/group32", "input": "int8/token"},
+    "super-blocks": {"weight": "int4/group32/scale:k6", "input": "int8/token"},
 }
 
 

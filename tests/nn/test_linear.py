@@ -25,12 +25,14 @@ EVERY_FORMAT = (
     "int4/group32/asym", "int4/group64", "int4/group24/asym", "int4/group32/scale:int8",
     "int3", "int3/group16/asym", "int2", "int2/group8/asym", "uint4", "uint4/group32",
     "nf4/group32", "nf4/group64/scale:int8", "fp4_e2m1/group16", "mxfp4", "mxfp8",
+    "int4/group32/asym/scale:k6", "int3/group16/scale:k6", "nf4/group64/scale:k6",
+    "codebook4", "codebook3/group32", "codebook2/tensor",
 )  # fmt: skip
 INT8_PER_ROW = ("int8", "int8/tensor", "int6", "int5", "int4", "int3", "int2", "int8/scale:fp16")
 LOW_BIT = (
     "int8/group32", "int6", "int5", "int4", "int4/scale:fp16", "int4/asym/scale:fp16", "int4/group32",
     "int4/group32/asym", "int4/group64", "int3", "int3/group16/asym", "int2", "uint4/group32", "nf4/group32",
-    "fp4_e2m1/group16",
+    "fp4_e2m1/group16", "int3/group16/scale:k6", "int6/group32/asym/scale:k6", "nf4/group64/scale:k6",
 )  # fmt: skip
 DYNAMIC = Activation(QuantSpec.parse("int8/token"))
 ASYMMETRIC = Activation(QuantSpec.parse("uint8/token"))
@@ -40,6 +42,17 @@ def made(spec: str, rows: int, columns: int, activation: Activation = FLOAT, *, 
     weight = taken_in(noise(rows, columns, seed=1), activation, lambda ratio: ratio[None, :])
     offset = noise(rows, seed=2) if bias else None
     return QuantizedLinear(QuantSpec.parse(spec), (rows, columns), activation, record=record(weight, spec), bias=offset)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_four_bit_inputs_clip_at_their_range_in_the_integer_kernel(per_channel: bool) -> None:
+    x = noise(5, 76) * torch.linspace(0.2, 2, 76)
+    activation = static_activation(0.5 * x, -1, per_channel=per_channel, format="uint4")
+    module = made("int4", 10, 76, activation)
+    close(module(x), linear(as_the_kernel_sees(x, activation, -1), module.weight, module.bias))
+    assert module.kernel.startswith("linear_int8_static")
+    with pytest.raises(RuntimeError, match="Non-finite"):
+        module(x / 0)
 
 
 @pytest.mark.parametrize("spec", EVERY_FORMAT)

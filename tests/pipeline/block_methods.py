@@ -10,8 +10,10 @@ from torch import Tensor
 
 from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.errors import DataError
-from narrowcast.methods import Rtn, Seen, Solved
+from narrowcast.methods import InputTraining, Rtn, Seen, Solved
 from narrowcast.methods.base import Block
+
+INPUTS = ("", "int8/token", "uint8/token", "uint8/channel static:minmax", "uint4/tensor static:mse", "bf16")
 
 
 @dataclass
@@ -68,7 +70,7 @@ class SeesDrift(SeesHessian):
 
 @dataclass(frozen=True)
 class SeesBlock:
-    """Chooses for the whole block between two ranges, by the error of its output."""
+    """Chooses for the whole block between two ranges, by the error of its output; static inputs are made narrower."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"block"})
 
@@ -85,8 +87,13 @@ class SeesBlock:
             tried.append((float(error.detach()), records, weights, gradients))
         best = min(tried, key=lambda entry: entry[0])
         NOTEBOOK.blocks.append(block)
-        NOTEBOOK.answers.append({"error": best[0], "weights": best[2], "gradients": best[3]})
-        return {name: Solved(record, (f"{block.samples} samples",)) for name, record in best[1].items()}
+        factors = dict.fromkeys(block.adjustable, 0.8)
+        training = InputTraining({name: torch.tensor(factor) for name, factor in factors.items()})
+        NOTEBOOK.answers.append(
+            {"error": best[0], "weights": best[2], "gradients": best[3], "training": training},
+        )
+        notes = (f"{block.samples} samples",)
+        return {name: Solved(record, notes, factors.get(name, 1.0)) for name, record in best[1].items()}
 
 
 METHODS = {

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.core import QuantSpec
-from narrowcast.methods import Rtn
+from narrowcast.methods import InputTraining, Rtn
 from narrowcast.models import TorchModel
 from narrowcast.nn import Activation
-from narrowcast.pipeline.block_view import LayerUse, ModuleBlock, rounded_input
+from narrowcast.pipeline.block_view import LayerUse, ModuleBlock
+from narrowcast.pipeline.input_rounding import rounded_input, rounding_hook
 from narrowcast.transforms import channel_scales
 
 
@@ -66,6 +67,38 @@ def test_rounding_moves_a_value_by_at_most_half_a_step() -> None:
     )
     step = x.abs().amax(-1, keepdim=True) / 127
     assert bool(((got - x).abs() <= step / 2 * 1.001).all()) and not torch.equal(got, x)
+
+
+FOUR_BITS = Activation(QuantSpec.parse("uint4/tensor"), torch.tensor([0.25]), torch.tensor([4], dtype=torch.uint8))
+
+
+def test_gradients_of_a_static_input_are_those_of_learned_step_sizes() -> None:
+    x = torch.tensor([[-3.0, -0.3, 0.1, 2.0, 5.0]], requires_grad=True)  # -1 .. 2.75 is inside
+    factor = torch.ones((), requires_grad=True)
+    rounded = rounded_input(x, FOUR_BITS, QuantSpec.parse("int4/channel"), convolution=False, factor=factor)
+    assert rounded.tolist() == [[-1.0, -0.25, 0.0, 2.0, 2.75]]
+    of_x, of_factor = torch.autograd.grad(rounded.sum(), [x, factor])
+    assert of_x.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+    # LSQ: outside the code, inside the code less x / scale; in units of the scale
+    torch.testing.assert_close(of_factor, torch.tensor(0.25 * (-4 + (-1 + 1.2) + (0 - 0.4) + 0 + 11)))
+
+
+def test_a_step_may_leave_a_part_of_the_values_unrounded() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    layer = nn.Linear(64, 4)
+    rounded = rounded_input(x, FOUR_BITS, QuantSpec.parse("int4/channel"), convolution=False)
+
+    def seen(training: InputTraining | None, activation: Activation = FOUR_BITS) -> Tensor:
+        hook = rounding_hook("it", activation, QuantSpec.parse("int4/channel"), training)
+        changed = hook(layer, (x,))
+        assert changed is not None
+        return changed[0]
+
+    assert torch.equal(seen(None), rounded)
+    half = seen(InputTraining({}, 0.5, torch.Generator().manual_seed(1)))
+    assert bool(((half == x) | (half == rounded)).all()) and 0.45 < float((half == x).float().mean()) < 0.55
+    dynamic = Activation(QuantSpec.parse("int8/token"))
+    assert torch.equal(seen(InputTraining({}, 0.5), dynamic), seen(None, dynamic))
 
 
 def view(module: nn.Module, calls: list[tuple[Any, ...]]) -> ModuleBlock:

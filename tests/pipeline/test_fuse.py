@@ -84,6 +84,17 @@ class Gate(nn.Module):
         return self.last(self.project(x * gate).relu())
 
 
+class AddsItsInput(nn.Module):
+    """A residual block on the model's own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x).relu()).relu()) + x
+
+
 class Branches(nn.Module):
     """Not traceable as a whole; its body is."""
 
@@ -146,6 +157,47 @@ def test_an_operation_that_cannot_take_part_is_named_with_the_reason() -> None:
         fused = result.model(*pairs[0])
         unfuse_(result.model)
         assert sqnr_db(result.model(*pairs[0]), fused) > 30
+
+
+FOUR_BITS = [
+    {"layers": "stem", "weight": "int8/channel", "input": "uint8/tensor static:minmax"},
+    {"type": "Conv2d", "weight": "int4/channel", "input": "uint4/tensor static:minmax"},
+    {"weight": "int4/channel"},
+]
+
+
+def test_codes_of_four_bits_travel_in_networks_as_they_do_between_modules() -> None:
+    result = quantized(Everything(), rule=FOUR_BITS)
+    graph = graph_of(result.model)
+    assert graph is not None and (len(graph.fused), graph.left_out) == (7, {})
+    with torch.no_grad():
+        fused = result.model(3 * images())  # beyond what calibration saw: both clip
+        unfuse_(result.model)
+        assert sqnr_db(result.model(3 * images()), fused) > 20
+
+
+@pytest.mark.parametrize("kind", [SharedConv, Gate])
+def test_the_input_of_a_network_may_have_four_bits(kind: type[nn.Module]) -> None:
+    result = quantized(kind(), rule=[{"weight": "int8/channel", "input": "uint4/tensor static:minmax"}])
+    graph = graph_of(result.model)
+    assert graph is not None and "first" in graph.fused
+    with torch.no_grad():
+        fused = result.model(3 * images())
+        unfuse_(result.model)
+        assert sqnr_db(result.model(3 * images()), fused) > 20
+
+
+def test_an_input_that_is_added_too_is_not_rounded_to_four_bits() -> None:
+    model = nn.Sequential(AddsItsInput(), nn.AvgPool2d(2)).eval()
+    result = quantized(model, rule=[{"weight": "int8/channel", "input": "uint4/tensor static:minmax"}])
+    assert any("in fewer than 8 bits and as floats" in note for note in result.report.notes)
+
+
+def test_readers_of_one_image_that_want_other_formats_do_not_share_its_codes() -> None:
+    rules = [{"layers": "left", "weight": "int8/channel", "input": "uint8/tensor static:minmax"}, *FOUR_BITS]
+    result = quantized(Everything(), rule=rules, fuse=False)
+    scales = [getattr(result.model, name).input_scale for name in ("left", "right")]
+    torch.testing.assert_close(scales[1], scales[0] * (255 / 15))
 
 
 def test_an_operation_that_networks_lack_splits_them() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from tests.pipeline.models import CASES, example
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import narrowcast as nc
 from narrowcast.core import sqnr_db
 from narrowcast.errors import ContractError
+from narrowcast.methods import METHODS
 from narrowcast.nn import QuantizedModule
 from narrowcast.recipe import PRESETS
 
@@ -205,6 +207,42 @@ def test_results_do_not_depend_on_the_number_of_threads(recipe: str) -> None:
         torch.set_num_threads(before)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+def test_what_every_solver_makes_is_independent_of_threads(name: str, method: str) -> None:
+    model, x = example(name)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rule = {"weight": "int3/channel/asym", "method": {method: QUICKLY.get(method, {})}}
+            with sdpa_kernel(
+                [SDPBackend.MATH]
+            ):  # heads of 8: torch's fused attention differs by threads in the last bit
+                found.append(codes(nc.quantize(model, {"rule": [rule]}, [x], progress=False).model))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
+def test_what_a_solver_makes_of_one_weight_is_independent_of_batches(method: str) -> None:
+    model, x = example("transformer")
+    recipe = {"rule": [{"weight": "int3/group32/asym", "method": method}]}
+    first = codes(nc.quantize(model, recipe, [x], progress=False).model)
+    for size in (5, 16):
+        other = codes(nc.quantize(model, recipe, list(x.split(size)), progress=False).model)
+        for key, value in first.items():
+            assert torch.equal(value, other[key]), key
+
+
+# Few steps are enough to tell results apart.
+QUICKLY = {"adaround": {"iterations": 20}, "autoround": {"iterations": 20}}
 
 
 def codes(model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.pipeline import block_methods
-from tests.pipeline.block_methods import NOTEBOOK
+from tests.pipeline.block_methods import INPUTS, NOTEBOOK
 from tests.pipeline.models import example
 from torch import Tensor, nn
 
@@ -185,14 +185,14 @@ def test_the_report_has_the_error_before_and_after_as_numbers() -> None:
     assert str(result.report).count("samples: ") == 1, "one line for a note that many layers share"
 
 
-@pytest.mark.parametrize("given", ["", "int8/token", "uint8/token", "uint8/channel static:minmax", "bf16"])
-def test_a_block_s_output_with_the_solved_weights_is_what_the_installed_block_gives(given: str) -> None:
-    weight = "int8/channel" if given.startswith("uint8") else "int4/group32"
-    options = {"input": given} if given else {}
-    _, data, result = run("sees_block", weight=weight, correct_bias=False, **options)
+@pytest.mark.parametrize("given", INPUTS)
+def test_a_block_s_output_with_what_was_solved_is_what_the_installed_block_gives(given: str) -> None:
+    weight = "int8/channel" if given.startswith("uint") else "int4/group32"
+    _, data, result = run("sees_block", weight=weight, correct_bias=False, **({"input": given} if given else {}))
     assert {row.method.split(",")[0] for row in result.report.layers if row.layer in LAYERS} == {"sees_block"}
     last = NOTEBOOK.blocks[2]
-    wanted = last.output(NOTEBOOK.answers[2]["weights"], range(last.samples)).detach()
+    answer = NOTEBOOK.answers[2]
+    wanted = last.output(answer["weights"], range(last.samples), answer["training"]).detach()
     outputs: list[Tensor] = []
     model = _with_float_table(result.model)
     model.layers[2].register_forward_hook(lambda m, a, o: outputs.append(o[0].detach()))

@@ -23,8 +23,8 @@ CASES = (
 
 
 def recipe(name: str, weight: str, given: str | None, *, train: str = "lsq", **more: Any) -> dict[str, Any]:
-    """A recipe with one rule for all layers, tables in int8 where they are not tied; nothing is fused."""
-    rule = {"weight": weight, "train": train} | ({} if given is None else {"input": given})
+    """A recipe with one rule for all layers, tables in int8 where they are not tied; no solver, nothing fused."""
+    rule = {"weight": weight, "train": train, "method": "rtn"} | ({} if given is None else {"input": given})
     return {"name": "trained", "fuse": False, "rule": [*([] if name == "tied" else [TABLE]), rule], **more}
 
 

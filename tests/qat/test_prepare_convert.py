@@ -100,7 +100,7 @@ def test_a_gptq_start_keeps_the_solvers_codes() -> None:
         assert twin.records()["weight"] == record
     codes = twins(made)["up"].records()["weight"]
     nearest = nc.quantize(
-        model, {"fuse": False, "rule": [{"weight": "int3/group16/asym"}]}, x.split(16), progress=False
+        model, {"fuse": False, "rule": [{"weight": "int3/group16/asym", "method": "rtn"}]}, x.split(16), progress=False
     )
     assert codes != nearest.model.get_submodule("up").quantized_weights()["weight"], "gptq chose other codes"
 

@@ -23,7 +23,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def twin_of(layer: nn.Module, x: Tensor, weight: str, given: str | None, train: str = "lsq") -> Any:
-    rule = {"weight": weight, "train": train} | ({} if given is None else {"input": given})
+    rule = {"weight": weight, "train": train, "method": "rtn"} | ({} if given is None else {"input": given})
     made = nc.qat.prepare(nn.Sequential(layer), {"rule": [rule]}, [x], progress=False)
     assert isinstance(made[0], TrainedModule)
     return made[0]

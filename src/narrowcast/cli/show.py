@@ -117,6 +117,8 @@ def show(
 def in_every_format(number: float, low: float, high: float) -> list[ShownNumber]:
     """The number in every row of FORMATS and in the microscaling specifications.
 
+    Formats with learned levels are left out: what they make of a number depends on all others beside it.
+
     Args:
         number: finite, within float32's range.
         low: smallest weight of the tensor that the number is imagined in.
@@ -133,7 +135,7 @@ def in_every_format(number: float, low: float, high: float) -> list[ShownNumber]
     rows = [
         _plain_row(number, row) if _fields(row) is not None else _scaled_row(number, row.name, low, high)
         for row in FORMATS.values()
-        if row.kind != "exponent" or number > 0
+        if not row.learned and (row.kind != "exponent" or number > 0)
     ]
     return rows + [_scaled_row(number, name, low, high) for name in ALIASES]
 

@@ -7,10 +7,13 @@ from narrowcast.core.affine import (
     nearest_scale,
     quantize,
     quantize_blocks,
+    quantize_learned,
     round_scale,
+    round_zero_point,
     split_int8_scale,
 )
 from narrowcast.core.channels import spread_channels
+from narrowcast.core.codebook import nearest_levels
 from narrowcast.core.formats import FORMATS, NumberFormat, all_finite, number_format
 from narrowcast.core.granularity import (
     Granularity,
@@ -28,9 +31,10 @@ from narrowcast.core.granularity import (
 )
 from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
 from narrowcast.core.packing import pack, packed_width, unpack
-from narrowcast.core.rounding import clamp_steps, distinct_levels, fake_quantize, range_gradients, through
+from narrowcast.core.rounding import distinct_levels, fake_quantize, integer_steps_, range_gradients, through
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
-from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks
+from narrowcast.core.super_blocks import split_super_scale, spread_super_scale
+from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks, level_values
 
 __all__ = [
     "FORMATS",
@@ -49,7 +53,6 @@ __all__ = [
     "block_range",
     "block_shape",
     "choose_scale",
-    "clamp_steps",
     "cosine",
     "dequantize",
     "dequantize_blocks",
@@ -57,7 +60,10 @@ __all__ = [
     "expand_to_matrix",
     "fake_quantize",
     "from_blocks",
+    "integer_steps_",
     "kl_divergence",
+    "level_values",
+    "nearest_levels",
     "nearest_scale",
     "number_format",
     "pack",
@@ -65,11 +71,15 @@ __all__ = [
     "parse_granularity",
     "quantize",
     "quantize_blocks",
+    "quantize_learned",
     "range_gradients",
     "round_scale",
+    "round_zero_point",
     "scale_shape",
     "split_int8_scale",
+    "split_super_scale",
     "spread_channels",
+    "spread_super_scale",
     "sqnr_db",
     "through",
     "to_blocks",

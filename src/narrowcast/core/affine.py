@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from narrowcast.core.codebook import learn_levels, nearest_levels
 from narrowcast.core.formats import FORMATS, NumberFormat, check_finite, first_index
 from narrowcast.core.granularity import from_blocks, to_blocks
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
+from narrowcast.core.super_blocks import split_super_scale, spread_super_scale
 from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks
 from narrowcast.errors import FormatError
 
 # The smallest scale of each scale format. In float32 and what is derived from it that is the smallest normal number:
 # a scale below would lose its own precision, and value / scale could overflow.
-_SMALLEST = {"fp32": 2.0**-126, "fp16": 2.0**-24, "e8m0": 2.0**-126, "int8": 2.0**-126}
-_LARGEST = {name: FORMATS["fp32" if name == "int8" else name].high for name in SCALE_FORMATS}
+_SMALLEST = {"fp32": 2.0**-126, "fp16": 2.0**-24, "e8m0": 2.0**-126, "int8": 2.0**-126, "k6": 2.0**-24}
+_PLAIN_SCALES = [name for name in SCALE_FORMATS if name in FORMATS and name != "int8"]
+_LARGEST = {"int8": FORMATS["fp32"].high, "k6": 63 * 65504.0} | {name: FORMATS[name].high for name in _PLAIN_SCALES}
 
 
 def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -26,9 +31,10 @@ def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
         spec: target format; decides the code range and whether a zero point exists.
 
     Returns:
-        scale:      [block_rows, block_columns] float32, weight units per code step, > 0 (1.0 for an all-zero block),
-            already rounded to the scale format.
-        zero_point: [block_rows, block_columns] int32, the code that means 0.0; None when symmetric.
+        scale:      [block_rows, block_columns] float32, weight units per code step, > 0 (1.0 for an all-zero block,
+            in super-blocks the smallest), already rounded to the scale format.
+        zero_point: [block_rows, block_columns] the code that means 0.0, int32, or float32 in steps of `spec.zero_step`
+            where that is below 1; None when symmetric.
 
     Raises:
         FormatError: a bound is not finite or low > high, the scale does not fit its format, or a code would mean a
@@ -45,14 +51,22 @@ def choose_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     else:
         # each bound by itself: high - low overflows float32 where neither bound does
         scale = high / (spec.code_high - spec.code_low) - low / (spec.code_high - spec.code_low)
-    scale = torch.where((low == 0) & (high == 0), 1.0, scale)
+    # a scale of 1 would be the largest of a super-block and leave the others no bits
+    scale = torch.where((low == 0) & (high == 0), _SMALLEST["k6"] if spec.scale_format == "k6" else 1.0, scale)
     scale = round_scale(scale, spec)
     zero_point = None
     if not spec.symmetric:
-        nearest = (spec.code_low - low / scale).round()
-        zero_point = nearest.clamp(spec.code_low, spec.code_high).to(torch.int32)
+        zero_point = round_zero_point(spec.code_low - low / scale, spec)
     _check_reach(torch.stack([low, high], dim=-1), spec, scale, zero_point)
     return scale, zero_point
+
+
+def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Zero points [...] float32 rounded to the nearest that `spec` can hold: int32, or float32 between codes."""
+    if spec.zero_step == 1:
+        return zero_point.round().clamp(spec.code_low, spec.zero_high).to(torch.int32)
+    rounded = (zero_point / spec.zero_step).round() * spec.zero_step
+    return rounded.clamp(spec.code_low, spec.zero_high) + 0.0  # no -0.0: records are compared bit for bit
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -60,7 +74,8 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
     Rounding a rounded scale changes nothing. Two formats do not round to the nearest: "e8m0" rounds up to the next
     power of two, and "fp16" rounds up below 2^-14, where its steps are so coarse that the nearest scale could cut
-    a block's largest value by a third.
+    a block's largest value by a third. "k6" gives the largest scale of every 256 columns the 6-bit code 63, unless all
+    are multiples of one float16 number already.
 
     Args:
         scale: [block_rows, block_columns] float32, > 0.
@@ -99,6 +114,9 @@ def nearest_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     if name == "int8":
         codes, outer = split_int8_scale(scale)
         return outer * codes.to(torch.float32)
+    if name == "k6":
+        codes, outer = split_super_scale(scale, spec)
+        return codes.to(torch.float32) * spread_super_scale(outer, spec, scale.shape[1])
     return scale
 
 
@@ -127,7 +145,11 @@ def quantize(
         values: [rows, columns] float, finite.
         spec: target format.
         scale: [block_rows, block_columns] float32 > 0; None takes the range of each block, unclipped.
-        zero_point: [block_rows, block_columns] int32; required with `scale` when `spec` is asymmetric.
+        zero_point: [block_rows, block_columns] int32, or float32 where `spec.zero_step` is below 1; required with
+            `scale` when `spec` is asymmetric.
+
+    Returns:
+        The record; learned levels are those of `learn_levels` with all values alike.
 
     Raises:
         FormatError: values are not a finite float matrix or, in a format without scales, are beyond its largest
@@ -139,6 +161,8 @@ def quantize(
             "convert or reshape it first"
         )
     check_finite(values, "quantize")
+    if spec.format.learned:
+        return quantize_learned(values, spec)
     if not spec.format.scaled:
         _check_fits(values, spec.format)
         return QuantizedTensor(spec.format.encode(values), None, None, spec)
@@ -152,6 +176,29 @@ def quantize(
     return QuantizedTensor(from_blocks(codes, spec.granularity, shape), scale, zero_point, spec)
 
 
+def quantize_learned(values: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QuantizedTensor:
+    """Nearest learned levels of a matrix.
+
+    Args:
+        values: [rows, columns] float, finite.
+        spec: a format with learned levels.
+        importance: [columns] float, > 0: what the squared error of each column counts; None for 1 everywhere.
+
+    Raises:
+        FormatError: a value is beyond float16, which holds the levels.
+    """
+    values = values.to(torch.float32)
+    number, shape = spec.format, (values.shape[0], values.shape[1])
+    _check_fits(values, replace(number, storage=torch.float16))
+    weights = torch.ones(1, shape[1], device=values.device) if importance is None else importance[None]
+    # a block that reaches over the edge is filled with zeros, which count nothing
+    counts = to_blocks(weights.to(torch.float32).expand(shape), spec.granularity)
+    blocks = to_blocks(values, spec.granularity)
+    levels = learn_levels(blocks, counts, number.bits)
+    codes = from_blocks(nearest_levels(blocks, levels), spec.granularity, shape)
+    return QuantizedTensor(codes, None, None, spec, levels)
+
+
 def quantize_blocks(blocks: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """Codes of values in block view, clamped to the codes in use; the arithmetic under `quantize`.
 
@@ -159,7 +206,7 @@ def quantize_blocks(blocks: Tensor, spec: QuantSpec, scale: Tensor, zero_point: 
         blocks: [block_rows, block_columns, elements] float32, finite.
         spec: target format, one with scales.
         scale: [block_rows, block_columns] float32 > 0.
-        zero_point: [block_rows, block_columns] int32; None when symmetric.
+        zero_point: [block_rows, block_columns] int32 or float32; None when symmetric.
 
     Returns:
         codes: [block_rows, block_columns, elements] in the format's storage dtype.
@@ -167,6 +214,9 @@ def quantize_blocks(blocks: Tensor, spec: QuantSpec, scale: Tensor, zero_point: 
     scaled = blocks / scale.unsqueeze(-1)
     if spec.format.kind != "int":
         return spec.format.encode(scaled.clamp_(spec.format.low, spec.format.high))
+    if zero_point is not None and zero_point.is_floating_point():
+        scaled += zero_point.unsqueeze(-1)  # between codes, so it has a part in the rounding
+        zero_point = None
     scaled.round_()
     if zero_point is not None:
         scaled += zero_point.unsqueeze(-1)
@@ -223,8 +273,12 @@ def _check_scale(scale: Tensor, zero_point: Tensor | None, blocks: Tensor, spec:
             f"{spec}: the scale {float(scale[where])!r} of block {where} is not a positive {spec.scale_format} number; "
             "pass it through round_scale"
         )
-    if zero_point is not None and bool(((zero_point < spec.code_low) | (zero_point > spec.code_high)).any()):
-        raise FormatError(f"{spec}: a zero point is outside the codes {spec.code_low}..{spec.code_high}")
+    if zero_point is None:
+        return
+    if bool(((zero_point < spec.code_low) | (zero_point > spec.zero_high)).any()):
+        raise FormatError(f"{spec}: a zero point is outside the codes {spec.code_low}..{spec.zero_high:g}")
+    if bool((round_zero_point(zero_point.to(torch.float32), spec) != zero_point).any()):
+        raise FormatError(f"{spec}: a zero point is no multiple of {spec.zero_step:g}; use round_zero_point")
 
 
 def _check_fits(values: Tensor, number: NumberFormat) -> None:

@@ -25,13 +25,14 @@ class NumberFormat:
 
     Args:
         name: the name used in recipes, reports and files.
-        kind: "float" (IEEE-like), "int" (codes are integers), "codebook" (codes index `levels`),
-            "exponent" (codes are biased powers of two, used for scales only).
+        kind: "float" (IEEE-like), "int" (codes are integers), "codebook" (codes index levels: those of the format, or
+            learned ones of every block), "exponent" (codes are biased powers of two, used for scales only).
         bits: bits of one code.
         low: smallest value that a code stands for.
         high: largest value that a code stands for.
         storage: torch dtype that holds one unpacked code.
-        levels: the value of every code, in code order; None where the storage dtype is the format itself.
+        levels: the value of every code, in code order; None where the storage dtype is the format itself or every
+            block of a tensor has levels of its own.
     """
 
     name: str
@@ -45,7 +46,17 @@ class NumberFormat:
     @property
     def scaled(self) -> bool:
         """Whether tensors in this format carry scales (the 16- and 32-bit floats do not)."""
-        return self.kind != "float" or self.bits <= 8
+        return not self.learned and (self.kind != "float" or self.bits <= 8)
+
+    @property
+    def learned(self) -> bool:
+        """Whether every block of a tensor has a table of levels of its own, in the place of a scale."""
+        return self.kind == "codebook" and self.levels is None
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a code alone is its value: neither scales nor learned levels."""
+        return not self.scaled and not self.learned
 
     def encode(self, values: Tensor) -> Tensor:
         """Codes of the representable numbers nearest to `values`, ties to even.
@@ -57,13 +68,15 @@ class NumberFormat:
             codes: [...] in `storage`; values beyond [low, high] become the nearest bound.
 
         Raises:
-            FormatError: a value is not finite; the message names the first one.
+            FormatError: a value is not finite; the message names the first one. Or the levels are learned: what a
+                code means is known with a tensor only, see `core.codebook`.
 
         Source:
             IEEE 754-2019 section 4.3.1 (round half to even); OCP 8-bit floating point, 2023 (FP8, saturating);
             OCP Microscaling formats 1.0 (FP4 E2M1, E8M0). Differs: all formats saturate, none produces infinity;
             zero has one code, so -0.0 is encoded as 0.0 in a codebook.
         """
+        self._check_fixed()
         check_finite(values, self.name)
         values = values.to(torch.float32)
         if self.kind == "int":
@@ -82,13 +95,23 @@ class NumberFormat:
 
         Returns:
             values: [...] float32; NaN for the codes that mean NaN in FP8 and E8M0, which `encode` never gives.
+
+        Raises:
+            FormatError: the levels are learned.
         """
+        self._check_fixed()
         if self.kind == "exponent":
             return codes.contiguous().view(torch.float8_e8m0fnu).to(torch.float32)
         if self.levels is not None:
             table = torch.tensor(self.levels, dtype=torch.float32, device=codes.device)
             return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
         return codes.to(torch.float32)
+
+    def _check_fixed(self) -> None:
+        if self.learned:
+            raise FormatError(
+                f"{self.name}: its levels are learned from a weight, so a number alone has no code; quantize a matrix"
+            )
 
 
 def check_finite(values: Tensor, what: str) -> None:
@@ -188,6 +211,7 @@ FORMATS: dict[str, NumberFormat] = {
         NumberFormat("uint4", "int", 4, 0, 15, torch.uint8),
         NumberFormat("nf4", "codebook", 4, -1.0, 1.0, torch.uint8, _NF4),
         NumberFormat("fp4_e2m1", "codebook", 4, -6.0, 6.0, torch.uint8, _E2M1),
+        *(NumberFormat(f"codebook{bits}", "codebook", bits, -65504.0, 65504.0, torch.uint8) for bits in (4, 3, 2)),
         NumberFormat("e8m0", "exponent", 8, 2.0**-127, 2.0**127, torch.uint8),
     )
 }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.core.affine import nearest_scale
+from narrowcast.core.affine import nearest_scale, round_zero_point
 from narrowcast.core.formats import NumberFormat
 from narrowcast.core.granularity import from_blocks, to_blocks
 from narrowcast.core.spec import QuantSpec
@@ -35,7 +35,7 @@ def fake_quantize(matrix: Tensor, scale: Tensor, zero: Tensor | None, spec: Quan
     Args:
         matrix: [rows, columns] float32.
         scale: [block_rows, block_columns] float32 > 0, numbers of the scale format.
-        zero: [block_rows, block_columns] float32 whole numbers; None when symmetric.
+        zero: [block_rows, block_columns] float32, multiples of `spec.zero_step`; None when symmetric.
         spec: a format with scales.
 
     Returns:
@@ -45,22 +45,22 @@ def fake_quantize(matrix: Tensor, scale: Tensor, zero: Tensor | None, spec: Quan
     return values
 
 
-def through(values: Tensor, spec: QuantSpec | None) -> Tensor:
-    """Values rounded to the scale format of `spec`, or to whole numbers without one; gradients pass unchanged."""
-    rounded: Tensor = _Through.apply(values, spec)  # type: ignore[no-untyped-call]
+def through(values: Tensor, spec: QuantSpec, *, zero: bool = False) -> Tensor:
+    """Values rounded to the scales, or with `zero` the zero points, that a spec can hold; gradients pass unchanged."""
+    rounded: Tensor = _Through.apply(values, spec, zero)  # type: ignore[no-untyped-call]
     return rounded
 
 
-def clamp_steps(nearest: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Code minus zero point, and whether it is inside the range, of whole numbers of steps.
+def integer_steps_(scaled: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Code minus zero point of w / s, and whether the code is inside the range.
 
     Args:
-        nearest: [.., elements] whole numbers, float32.
+        scaled: [.., elements] w / s, float32; overwritten.
         zero: [..] zero points as float32; None when symmetric.
         spec: an integer format.
     """
-    shift = 0.0 if zero is None else zero.unsqueeze(-1)
-    codes = nearest + shift
+    shift = torch.zeros(()) if zero is None else zero.unsqueeze(-1)
+    codes = scaled.round_() + shift if spec.zero_step == 1 else scaled.add_(shift).round_().add_(0.0)
     kept = codes.clamp(spec.code_low, spec.code_high)
     return kept - shift, codes == kept
 
@@ -98,7 +98,7 @@ def _float_levels(storage: torch.dtype) -> Tensor:
 def _steps(scaled: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     number = spec.format
     if number.kind == "int":
-        return clamp_steps(scaled.round(), zero, spec)
+        return integer_steps_(scaled.clone(), zero, spec)
     kept = scaled.clamp(number.low, number.high)
     return number.decode(number.encode(kept)), kept == scaled
 
@@ -114,9 +114,12 @@ class _FakeQuantized(torch.autograd.Function):
         scaled = to_blocks(matrix, spec.granularity) / scale.unsqueeze(-1)
         if spec.format.kind != "int":
             return from_blocks(_steps(scaled, zero, spec)[0] * scale.unsqueeze(-1), spec.granularity, shape)
-        scaled.round_()
+        if zero is None or spec.zero_step == 1:
+            scaled.round_()
         if zero is not None:
             scaled.add_(zero.unsqueeze(-1))
+        if spec.zero_step != 1:
+            scaled.round_()
         scaled.clamp_(spec.code_low, spec.code_high)
         if zero is not None:
             scaled.sub_(zero.unsqueeze(-1))
@@ -138,9 +141,9 @@ class _FakeQuantized(torch.autograd.Function):
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, spec: QuantSpec | None) -> Tensor:
-        return values.round() if spec is None else nearest_scale(values, spec)
+    def forward(ctx: Any, values: Tensor, spec: QuantSpec, zero: bool) -> Tensor:
+        return round_zero_point(values, spec).to(torch.float32) if zero else nearest_scale(values, spec)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], None
+        return gradients[0], None, None

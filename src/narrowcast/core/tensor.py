@@ -22,8 +22,11 @@ class QuantizedTensor:
         codes: [rows, columns] in the format's storage dtype, one element per code (not packed).
         scale: [block_rows, block_columns] float32 with values that the scale format can hold exactly;
             None for fp32, fp16 and bf16, whose codes are their values.
-        zero_point: [block_rows, block_columns] int32, the code of 0.0; None when symmetric.
+        zero_point: [block_rows, block_columns] int32, the code of 0.0; float32 where `spec.zero_step` is below 1, as
+            zero points then lie between codes; None when symmetric.
         spec: how the matrix is stored.
+        levels: [block_rows, block_columns, 2^bits] float32 with float16 values, ascending: the value of every code of a
+            block in formats with learned levels, which have no scale; None in all others.
 
     Raises:
         FormatError: a tensor has another dtype or shape than `spec` asks for.
@@ -33,6 +36,7 @@ class QuantizedTensor:
     scale: Tensor | None
     zero_point: Tensor | None
     spec: QuantSpec
+    levels: Tensor | None = None
 
     def __post_init__(self) -> None:
         number = self.spec.format
@@ -43,9 +47,12 @@ class QuantizedTensor:
             )
         expected = scale_shape(self.spec.granularity, self.shape)
         self._check_part("scales", self.scale, torch.float32, expected if number.scaled else None)
-        self._check_part("zero points", self.zero_point, torch.int32, None if self.spec.symmetric else expected)
+        zeros = torch.int32 if self.spec.zero_step == 1 else torch.float32
+        self._check_part("zero points", self.zero_point, zeros, None if self.spec.symmetric else expected)
+        tables = (*expected, 2**number.bits) if number.learned else None
+        self._check_part("levels", self.levels, torch.float32, tables)
 
-    def _check_part(self, name: str, part: Tensor | None, dtype: torch.dtype, shape: tuple[int, int] | None) -> None:
+    def _check_part(self, name: str, part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
         got = None if part is None else (part.dtype, tuple(part.shape))
         if got == (None if shape is None else (dtype, shape)):
             return
@@ -57,8 +64,8 @@ class QuantizedTensor:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantizedTensor):
             return NotImplemented
-        parts = ((self.codes, other.codes), (self.scale, other.scale), (self.zero_point, other.zero_point))
-        return self.spec == other.spec and all(_same_bits(mine, theirs) for mine, theirs in parts)
+        parts = ("codes", "scale", "zero_point", "levels")
+        return self.spec == other.spec and all(_same_bits(getattr(self, part), getattr(other, part)) for part in parts)
 
     __hash__ = None  # type: ignore[assignment]  # tensors are compared by value and can change
 
@@ -69,6 +76,9 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """The float32 matrix [rows, columns] that the codes stand for."""
+        if self.levels is not None:
+            blocks = to_blocks(self.codes, self.spec.granularity)
+            return from_blocks(level_values(blocks, self.levels), self.spec.granularity, self.shape)
         if self.scale is None:
             return self.spec.format.decode(self.codes)
         blocks = to_blocks(self.codes, self.spec.granularity)
@@ -83,12 +93,25 @@ def dequantize_blocks(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point:
         codes: [block_rows, block_columns, elements] in the format's storage dtype.
         spec: what the codes mean.
         scale: [block_rows, block_columns] float32.
-        zero_point: [block_rows, block_columns] int32; None when symmetric.
+        zero_point: [block_rows, block_columns] int32 or float32; None when symmetric.
     """
     values = spec.format.decode(codes)
     if zero_point is not None:
         values = values - zero_point.unsqueeze(-1).to(torch.float32)
     return values * scale.unsqueeze(-1)
+
+
+def level_values(codes: Tensor, levels: Tensor) -> Tensor:
+    """What codes mean where every block has levels of its own.
+
+    Args:
+        codes: [block_rows, block_columns, elements] uint8.
+        levels: [block_rows, block_columns, 2^bits] float32.
+
+    Returns:
+        values: [block_rows, block_columns, elements] float32.
+    """
+    return levels.gather(-1, codes.to(torch.int64))
 
 
 def _same_bits(mine: Tensor | None, theirs: Tensor | None) -> bool:

@@ -52,7 +52,8 @@ def embedding_rows(
     flat = _flat_indices("embedding_rows", indices, codes.shape[0])
     parts = [part if part is None or part.shape[0] == 1 else part[flat] for part in (scale, zero_point)]
     assert parts[0] is not None
-    rows = dequantize_weight(codes[flat], parts[0], parts[1], levels, bits, group, columns)
+    tables = levels[flat] if levels is not None and levels.dim() == 3 else levels
+    rows = dequantize_weight(codes[flat], parts[0], parts[1], tables, bits, group, columns)
     return rows.reshape(*indices.shape, columns)
 
 

@@ -34,9 +34,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowcast.core import QuantSpec, block_range, block_shape, choose_scale, round_scale, scale_shape, to_blocks
+from narrowcast.core import (
+    QuantSpec,
+    block_range,
+    block_shape,
+    choose_scale,
+    round_scale,
+    round_zero_point,
+    scale_shape,
+    to_blocks,
+)
 from narrowcast.kernels.op import FLOAT_TIERS, Op
 from narrowcast.kernels.reference_encode import signed_spec
+from narrowcast.kernels.reference_super_blocks import share_super_scales
 
 # Weights in one chunk; bounds the memory of the search, changes no code.
 _CHUNK = 1 << 16
@@ -57,7 +67,7 @@ class Candidate:
 
     Args:
         scale: [blocks] float32, as it is stored.
-        zero_point: [blocks] float32 with integer values; None when symmetric.
+        zero_point: [blocks] float32, multiples of the spec's `zero_step`; None when symmetric.
         error: [blocks] float32.
     """
 
@@ -67,7 +77,10 @@ class Candidate:
 
     def better_of(self, other: Candidate) -> Candidate:
         """Per block the one with the smaller error; this one where they are equal."""
-        wins = other.error < self.error
+        return self.taking(other, other.error < self.error)
+
+    def taking(self, other: Candidate, wins: Tensor) -> Candidate:
+        """This candidate with `other` in some blocks [blocks] bool."""
         zero_point = None
         if self.zero_point is not None and other.zero_point is not None:
             zero_point = torch.where(wins, other.zero_point, self.zero_point)
@@ -117,6 +130,8 @@ class Blocks:
             return self.spec.format.decode(self.spec.format.encode(scaled))
         if zero_point is None:
             return scaled.round_().clamp_(self.spec.code_low, self.spec.code_high)
+        if self.spec.zero_step != 1:
+            return scaled.add_(zero_point).round_().clamp_(self.spec.code_low, self.spec.code_high).sub_(zero_point)
         return scaled.round_().clamp_(self.spec.code_low - zero_point, self.spec.code_high - zero_point)
 
     def _pieces(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -151,7 +166,7 @@ def search_range(
 
     Returns:
         scale:      [block_rows, block_columns] float32, as it is stored.
-        zero_point: [block_rows, block_columns] int32; None when symmetric.
+        zero_point: of that shape, int32, or float32 where `spec.zero_step` is below 1; None when symmetric.
     """
     down, across, elements = values.shape
     low, high = block_range(values)
@@ -164,7 +179,9 @@ def search_range(
         best = _refine(blocks, best)
     if spec.scale_format == "int8":
         best = _share_outer_scale(blocks, plain, best, (down, across))
-    found = None if best.zero_point is None else best.zero_point.reshape(down, across).to(torch.int32)
+    elif spec.scale_format == "k6":
+        best = share_super_scales(blocks, plain, best, (down, across))
+    found = None if best.zero_point is None else round_zero_point(best.zero_point.reshape(down, across), spec)
     return best.scale.reshape(down, across), found
 
 
@@ -180,7 +197,7 @@ def _shrink(blocks: Blocks, best: Candidate, low: Tensor, high: Tensor) -> Candi
         keeps_low = (spec.code_low - low / scale).clamp(spec.code_low, spec.code_high)
         keeps_high = (spec.code_high - high / scale).clamp(spec.code_low, spec.code_high)
         for part in _ZERO_POINTS:
-            zero_point = (keeps_low + (keeps_high - keeps_low) * part).round()
+            zero_point = _stored_zero(keeps_low + (keeps_high - keeps_low) * part, spec)
             best = best.better_of(blocks.measure(scale, zero_point))
     return best
 
@@ -192,8 +209,8 @@ def _refine(blocks: Blocks, best: Candidate) -> Candidate:
     start = best
     if start.zero_point is None:
         return best
-    for shift in (-1, 1):
-        zero_point = (start.zero_point + shift).clamp(spec.code_low, spec.code_high)
+    for shift in (-spec.zero_step, spec.zero_step):
+        zero_point = (start.zero_point + shift).clamp(spec.code_low, spec.zero_high)
         moved = blocks.measure(start.scale, zero_point)
         settled = blocks.measure(_stored(blocks.least_squares(moved), spec), zero_point)
         best = best.better_of(moved).better_of(settled)
@@ -201,10 +218,14 @@ def _refine(blocks: Blocks, best: Candidate) -> Candidate:
 
 
 def _stored(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales as they will be stored; 8-bit scales depend on their whole row and are rounded at the end."""
-    if spec.scale_format == "int8":
+    """Scales as they will be stored; those that depend on others in their row are rounded at the end."""
+    if spec.scale_format in ("int8", "k6"):
         return scale
     return round_scale(scale.clamp(max=_LARGEST_SCALE.get(spec.scale_format, 3e38)), spec)
+
+
+def _stored_zero(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    return round_zero_point(zero_point, spec).to(torch.float32)
 
 
 def _share_outer_scale(blocks: Blocks, plain: Candidate, best: Candidate, shape: tuple[int, int]) -> Candidate:
@@ -257,6 +278,9 @@ def _blocks(part: Tensor, spec: QuantSpec, importance: Tensor | None, tall: int)
     if missing := -part.shape[0] % tall:
         part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
     values = to_blocks(part, spec.granularity)
+    if importance is None and spec.zero_step != 1:
+        # with zero points between codes a zero that fills a block up has an error, and must not count
+        importance = part.new_ones(part.shape[1])
     return values, None if importance is None else to_blocks(importance.expand(part.shape), spec.granularity)
 
 

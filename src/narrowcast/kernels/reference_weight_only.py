@@ -29,8 +29,10 @@ def dequantize_weight(
     Args:
         codes:      [N, ceil(columns * bits / 8)] uint8, or int8 where `bits` is 8 and codes are signed.
         scale:      [N, ceil(columns / group)] or one row for all; float32, float16, or uint8 for e8m0.
-        zero_point: shape of the scales, uint8: the field of 0.0; None for 2^(bits - 1).
-        levels:     [2^bits] float32, the value of every field; None for integers.
+        zero_point: shape of the scales, the field of 0.0, uint8, or float16 where it lies between fields; None for
+            2^(bits - 1).
+        levels:     the value of every field, float32: [2^bits], or [N, groups, 2^bits] for levels of every group's own;
+            None for integers.
         bits:       2..6 or 8.
         group:      columns per scale, > 0.
         columns:    K.
@@ -43,13 +45,20 @@ def dequantize_weight(
     else:
         fields = unpack_codes(codes, bits, 0, columns, False).to(torch.int32)
     factors = FORMATS["e8m0"].decode(scale) if scale.dtype == torch.uint8 else scale.float()
-    if levels is not None:
+    if levels is not None and levels.dim() == 3:
+        values = _own_levels(levels, fields, group)
+    elif levels is not None:
         values = levels[fields]
     elif zero_point is None:
         values = (fields - 2 ** (bits - 1)).float()
     else:
-        values = (fields - _per_column(zero_point.to(torch.int32), group, columns)).float()
+        values = fields.float() - _per_column(zero_point.float(), group, columns)
     return values * _per_column(factors, group, columns)
+
+
+def _own_levels(levels: Tensor, fields: Tensor, group: int) -> Tensor:
+    which = torch.arange(fields.shape[1], device=fields.device) // group
+    return levels.flatten(1).gather(1, which * levels.shape[2] + fields)
 
 
 def _per_column(per_group: Tensor, group: int, columns: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from narrowcast.errors import RecipeError
 from narrowcast.methods.adaround import AdaRound
 from narrowcast.methods.autoround import AutoRound
-from narrowcast.methods.base import Block, BlockMethod, Need, Seen, Solved, WeightMethod
+from narrowcast.methods.base import Block, BlockMethod, InputTraining, Need, Seen, Solved, WeightMethod
 from narrowcast.methods.gptq import Gptq
 from narrowcast.methods.hqq import Hqq
 from narrowcast.methods.native import weight_sqnr_db
@@ -54,6 +54,7 @@ __all__ = [
     "BlockMethod",
     "Gptq",
     "Hqq",
+    "InputTraining",
     "Need",
     "Rtn",
     "Seen",

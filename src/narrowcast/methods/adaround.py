@@ -53,6 +53,7 @@ class AdaRound:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    takes_levels: ClassVar[bool] = False
     iterations: int = 1000
     strength: float = 30.0
 
@@ -79,7 +80,8 @@ class AdaRound:
         hessian = _hessian(seen, weight.shape[1])
         nearest = Rtn().quantize(weight, spec, seen)
         if not spec.format.scaled:
-            return Solved(nearest, (f"{spec} is a cast: rounded to nearest",))
+            why = "has learned levels" if spec.format.learned else "is a cast"
+            return Solved(nearest, (f"{spec} {why}: rounded to nearest",))
         if weight.numel() == 0 or not bool((hessian - hessian.diag().diag()).any()):
             return Solved(nearest, ("inputs are uncorrelated: round-to-nearest is the best rounding",))
         with one_thread():

@@ -40,10 +40,27 @@ class Solved:
     Args:
         record: the codes, scales and zero points.
         notes: what the report should say: dampings, dead channels, fallbacks, each a short clause.
+        input_factor: what the scale of the layer's static input is to be multiplied by, as it was solved for.
     """
 
     record: QuantizedTensor
     notes: tuple[str, ...] = ()
+    input_factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class InputTraining:
+    """What one training step of a block solver wants of the static inputs of layers.
+
+    Args:
+        factors: by name of the weight: [] float32 > 0, what the scale of its input is multiplied by; 1 where absent.
+        dropped: the part of all values, drawn anew in every step, that is left unrounded.
+        generator: draws it.
+    """
+
+    factors: Mapping[str, Tensor]
+    dropped: float = 0.0
+    generator: torch.Generator | None = None
 
 
 Need = Literal["hessian", "drift", "inputs", "block"]
@@ -51,9 +68,15 @@ Need = Literal["hessian", "drift", "inputs", "block"]
 
 
 class WeightMethod(Protocol):
-    """A weight solver: a frozen dataclass whose fields are its recipe keys."""
+    """A weight solver: a frozen dataclass whose fields are its recipe keys.
+
+    Attributes:
+        needs: what it must be given besides weight, format and importance.
+        takes_levels: whether it works on formats with learned levels; else round-to-nearest stands in, with a reason.
+    """
 
     needs: ClassVar[frozenset[Need]]
+    takes_levels: ClassVar[bool]
 
     def solve(self, weight: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Solved:
         """The codes, scales and zero points that stand for `weight`, and what is to be said of them.
@@ -78,18 +101,24 @@ class Block(Protocol):
         specs: target format of each.
         seen: what calibration saw at the input of each, with the blocks before it quantized.
         samples: how many inputs of the block are kept; they are numbered from 0.
+        rounds_inputs: whether some of its layers have inputs with static ranges.
+        adjustable: the layers whose input has a static range that is theirs alone, so that its scale may be trained.
     """
 
     weights: Mapping[str, Tensor]
     specs: Mapping[str, QuantSpec]
     seen: Mapping[str, Seen]
     samples: int
+    rounds_inputs: bool
+    adjustable: frozenset[str]
 
-    def output(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> Tensor:
-        """The block's output for some samples with other weights, differentiable in them.
+    def output(
+        self, weights: Mapping[str, Tensor], indices: Sequence[int], training: InputTraining | None = None
+    ) -> Tensor:
+        """The block's output for some samples with other weights, differentiable in them and in factors.
 
         Its inputs are those that the quantized blocks before it give; the inputs of its layers are quantized as the
-        recipe says.
+        recipe says, or as `training` does.
         """
         ...
 
@@ -99,9 +128,10 @@ class Block(Protocol):
 
 
 class BlockMethod(Protocol):
-    """A solver that works on all layers of a block together."""
+    """A solver that works on all layers of a block together; see `WeightMethod` for what it says of itself."""
 
     needs: ClassVar[frozenset[Need]]
+    takes_levels: ClassVar[bool]
 
     def solve_block(self, block: Block) -> dict[str, Solved]:
         """Every layer of the block, by name."""

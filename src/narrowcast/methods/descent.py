@@ -6,7 +6,8 @@ With W the float weight, Q what is stored and H the Hessian, the squared output 
 
 Alone, code (r, j) is best at the level nearest to q_rj - p_rj / H_jj, and the scale of a block with levels
 u = q / s is best at s - sum(u * p) / sum(u * (u H)): a parabola in s, of which the nearest stored scale is taken.
-Columns and blocks take turns. No step raises E, so the result is never worse than what it started from.
+Learned levels of a block are found together, see `learned_draft.py`. Columns and blocks take turns. No step raises E,
+so the result is never worse than what it started from.
 
 Source:
     Behdin et al. 2023, QuantEase, arXiv:2309.01885, algorithm 2 (codes). Differs: it starts from the codes of GPTQ
@@ -56,17 +57,8 @@ class Descent:
         return self._draft.round_column_(column, best) - before
 
     def refit_scales_(self) -> None:
-        """One turn of every block's scale, with the codes as they are."""
-        draft = self._draft
-        for group in range(draft.scale.shape[1]):
-            columns = draft.columns(group)
-            old = draft.scale[:, group].to(torch.float64)
-            levels = draft.levels(group)
-            slope = draft.sum_rows((levels * self._slope[columns]).sum(0))
-            curved = draft.sum_rows((levels * (self._hessian[columns, columns] @ levels)).sum(0))
-            best = old - slope / curved
-            new = draft.stored_scale(best, group).to(torch.float64)
-            new = torch.where((new - best).abs() < (old - best).abs(), new, old)
-            moved = (levels * draft.by_row(new)).to(torch.float32).to(torch.float64)  # a stored value is float32
-            self._slope.addmm_(self._hessian[:, columns], moved - draft.values[columns])
-            draft.scale[:, group], draft.values[columns] = new.to(torch.float32), moved
+        """One turn of every block's scale, or of its learned levels, with the codes as they are."""
+        for group in range(self._draft.groups):
+            columns = self._draft.columns(group)
+            change = self._draft.refit_(group, self._slope[columns], self._hessian[columns, columns])
+            self._slope.addmm_(self._hessian[:, columns], change)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from narrowcast.core import (
-    QuantizedTensor,
-    QuantSpec,
-    block_shape,
-    dequantize_blocks,
-    quantize_blocks,
-    round_scale,
-    split_int8_scale,
-)
+from narrowcast.core import QuantizedTensor, QuantSpec, block_shape, dequantize_blocks, quantize_blocks
 
-_LARGEST_SCALE = {"fp16": 65504.0, "e8m0": 2.0**127}
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -31,50 +23,67 @@ def nearest(values: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor |
         values: [columns, out] float; rounded to float32 first.
         spec: target format, one with scales.
         scale: [columns, out] float32.
-        zero_point: [columns, out] int32; None when symmetric.
+        zero_point: [columns, out] int32 or float32; None when symmetric.
 
     Returns:
         codes [columns, out] in the format's storage dtype, and float64 of that shape.
     """
-    blocks = values.clamp(-_LARGEST, _LARGEST).to(torch.float32).unsqueeze(-1)
+    blocks = as_float32(values).unsqueeze(-1)
     codes = quantize_blocks(blocks, spec, scale, zero_point)
     return codes.squeeze(-1), dequantize_blocks(codes, spec, scale, zero_point).squeeze(-1).to(torch.float64)
 
 
+def as_float32(values: Tensor) -> Tensor:
+    """The nearest finite float32 numbers."""
+    return values.clamp(-_LARGEST, _LARGEST).to(torch.float32)
+
+
 @dataclass
-class Draft:
-    """Codes, scales and zero points that are still being found.
+class Draft(ABC):
+    """Codes that are still being found, and what gives them meaning.
 
     Codes and values are transposed, so that a column of the weight lies together in memory.
 
     Args:
-        spec: target format, one with scales.
+        spec: target format, no cast.
         shape: (out, in) of the matrix.
-        scale: [block_rows, block_columns] float32, numbers of the scale format.
-        zero_point: of that shape, int32; None when symmetric.
         codes: [in, out] in the storage dtype of the format.
         values: [in, out] float64, what the codes stand for.
     """
 
     spec: QuantSpec
     shape: tuple[int, int]
-    scale: Tensor
-    zero_point: Tensor | None
     codes: Tensor
     values: Tensor
 
-    @classmethod
-    def of(cls, record: QuantizedTensor) -> Draft:
-        """A draft that starts as `record`, sharing nothing with it."""
-        assert record.scale is not None
-        zero_point = None if record.zero_point is None else record.zero_point.clone()
-        values = record.dequantize().t().to(torch.float64).contiguous()
-        codes = record.codes.t().contiguous().clone()
-        return cls(record.spec, record.shape, record.scale.clone(), zero_point, codes, values)
-
+    @abstractmethod
     def record(self) -> QuantizedTensor:
         """The finished record."""
-        return QuantizedTensor(self.codes.t().contiguous(), self.scale, self.zero_point, self.spec)
+
+    @abstractmethod
+    def round_column_(self, column: int, wanted: Tensor) -> Tensor:
+        """Give a column the codes nearest to what is wanted [out]; returns the values [out] that it is stored as."""
+
+    @abstractmethod
+    def adopt_(self, group: int, found: QuantizedTensor) -> None:
+        """Take over what gives the codes of a block of columns their meaning, from a record of these columns alone."""
+
+    @abstractmethod
+    def refit_(self, group: int, slope: Tensor, hessian: Tensor) -> Tensor:
+        """Move what gives the codes of a block of columns their meaning to where the error is least.
+
+        Args:
+            group: the block of columns.
+            slope: [columns, out] float64: half the slope of the error in the values.
+            hessian: [columns, columns] float64.
+
+        Returns:
+            By how much the values [columns, out] moved, float64; no block of rows has a larger error than before.
+        """
+
+    @abstractmethod
+    def take_rows_(self, other: Draft, blocks: Tensor) -> None:
+        """Become `other`, a draft of the same kind, in some blocks of rows [block_rows] bool."""
 
     @property
     def wide(self) -> int:
@@ -86,56 +95,28 @@ class Draft:
         """Rows that share a scale; the last ones may be fewer."""
         return block_shape(self.spec.granularity, self.shape)[0]
 
+    @property
+    def groups(self) -> int:
+        """Blocks of columns."""
+        return -(-self.shape[1] // self.wide)
+
     def columns(self, group: int) -> slice:
         """The columns of one block."""
         return slice(group * self.wide, min((group + 1) * self.wide, self.shape[1]))
 
-    def round_column_(self, column: int, wanted: Tensor) -> Tensor:
-        """Give a column the codes nearest to what is wanted [out]; returns the values [out] that it is stored as."""
-        group = column // self.wide
-        zero_point = None if self.zero_point is None else self.by_row(self.zero_point[:, group]).unsqueeze(0)
-        scale = self.by_row(self.scale[:, group]).unsqueeze(0)
-        codes, values = nearest(wanted.unsqueeze(0), self.spec, scale, zero_point)
-        self.codes[column], self.values[column] = codes[0], values[0]
-        return self.values[column]
-
-    def levels(self, group: int) -> Tensor:
-        """What the codes of a block of columns stand for in units of their scale: [columns, out] float64."""
-        levels = self.spec.format.decode(self.codes[self.columns(group)])
-        if self.zero_point is not None:
-            levels = levels - self.by_row(self.zero_point[:, group])
-        return levels.to(torch.float64)
-
     def by_row(self, per_block: Tensor) -> Tensor:
-        """One value per block of rows [block_rows], repeated to every row [out]."""
-        return per_block.repeat_interleave(self.tall, -1)[: self.shape[0]]
+        """One value per block of rows [..., block_rows], repeated to every row [..., out]."""
+        return per_block.repeat_interleave(self.tall, -1)[..., : self.shape[0]]
 
     def sum_rows(self, per_row: Tensor) -> Tensor:
-        """The sum over the rows of every block: [out] to [block_rows]."""
-        missing = -per_row.shape[0] % self.tall
-        return pad(per_row, (0, missing)).view(-1, self.tall).sum(1)
+        """The sum over the rows of every block: [..., out] to [..., block_rows]."""
+        if self.tall == 1:
+            return per_row
+        padded = pad(per_row, (0, -per_row.shape[-1] % self.tall))
+        return padded.view(*padded.shape[:-1], -1, self.tall).sum(-1)
 
-    def stored_scale(self, scale: Tensor, group: int) -> Tensor:
-        """Scales [block_rows] of a block of columns, rounded to what the scale format holds beside the other blocks.
-
-        8-bit scales are multiples of one number per row of blocks; the block with the largest multiple defines it and
-        keeps its scale. A scale that is not a positive number is no proposal: the present one stays.
-        """
-        old = self.scale[:, group]
-        proposed = torch.where(torch.isfinite(scale) & (scale > 0), scale, old)
-        proposed = proposed.clamp(max=_LARGEST_SCALE.get(self.spec.scale_format, 3e38)).to(torch.float32)
-        if self.spec.scale_format != "int8":
-            return round_scale(proposed.unsqueeze(1), self.spec).squeeze(1)
-        codes, outer = split_int8_scale(self.scale)
-        multiple = (proposed / outer.squeeze(1)).round().clamp(1, 127)
-        return torch.where(codes[:, group] == codes.amax(1), old, multiple * outer.squeeze(1))
-
-    def take_rows_(self, other: Draft, blocks: Tensor) -> None:
-        """Become `other` in some blocks of rows [block_rows] bool."""
-        rows = self.by_row(blocks)
-        self.scale[blocks] = other.scale[blocks]
-        if self.zero_point is not None and other.zero_point is not None:
-            self.zero_point[blocks] = other.zero_point[blocks]
+    def take_codes_(self, other: Draft, rows: Tensor) -> None:
+        """The codes and values of `other` in some rows [out] bool."""
         self.values[:, rows] = other.values[:, rows]
-        # as bytes: float8 tensors cannot be indexed by a mask, and every scaled format has codes of one byte
+        # as bytes: float8 tensors cannot be indexed by a mask, and every such format has codes of one byte
         self.codes.view(torch.uint8)[:, rows] = other.codes.view(torch.uint8)[:, rows]

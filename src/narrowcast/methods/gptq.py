@@ -40,8 +40,10 @@ from narrowcast.methods.base import Need, Seen, Solved, check_weight
 from narrowcast.methods.curvature import Curvature, curvature, factor
 from narrowcast.methods.descent import Descent
 from narrowcast.methods.draft import Draft
+from narrowcast.methods.learned_draft import LearnedDraft
 from narrowcast.methods.native import round_to_nearest
 from narrowcast.methods.rtn import Rtn
+from narrowcast.methods.scaled_draft import ScaledDraft
 from narrowcast.methods.sweep import Sweep
 
 
@@ -53,7 +55,8 @@ class Gptq:
         order: which columns are rounded first: "activation", those with the largest inputs; "group", the same but
             block by block, the block with the largest inputs first; "none", from left to right.
         scales: "updated", from the weights as they are when the first column of a block is reached; "static", from
-            the weights as they were. 8-bit scales (scale:int8) hang together by rows and are always static.
+            the weights as they were. 8-bit scales (scale:int8) hang together by rows and are always static; those of
+            super-blocks (scale:k6) are updated under the float16 scale that the weights as they were asked for.
         correction: how much of the way to the weight that makes up for the error of earlier layers is gone, 0 to 1;
             only where that error was observed.
         damping: what is added to the diagonal of H, as a part of its mean; more where that is not enough.
@@ -64,6 +67,7 @@ class Gptq:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian", "drift"})
+    takes_levels: ClassVar[bool] = True
     order: Literal["activation", "group", "none"] = "activation"
     scales: Literal["updated", "static"] = "updated"
     correction: float = 0.5
@@ -110,7 +114,7 @@ class Gptq:
         """
         weight = check_weight(weight)
         known = curvature(seen, weight.shape[1], weight.device)
-        if not spec.format.scaled or weight.numel() == 0:
+        if spec.format.is_cast or weight.numel() == 0:
             why = f"{spec} has no scales" if weight.numel() else "the weight is empty"
             return Solved(round_to_nearest(weight, spec), (f"{why}: rounded to nearest",))
         importance = Seen(importance=known.importance)
@@ -122,11 +126,11 @@ class Gptq:
         factored = factor(known.hessian, order, self.damping)
         weight, moved = _corrected(weight, known.drift, (order, factored.factor), self.correction)
         plain = self._nearest().quantize(weight, spec, importance)
-        draft = Draft.of(plain)
+        draft = _draft_of(plain)
         transposed = weight.t().to(torch.float64)
         self._sweep_(draft, transposed, order, known, factored.factor)
         notes = (
-            known.notes + factored.notes + moved + _keep_better_(draft, Draft.of(plain), transposed, factored.hessian)
+            known.notes + factored.notes + moved + _keep_better_(draft, _draft_of(plain), transposed, factored.hessian)
         )
         descent = Descent(transposed, draft, factored.hessian, block=self.block)
         for _ in range(self.rounds):
@@ -146,7 +150,7 @@ class Gptq:
         sweep = Sweep(weight[order], factor, self.block)
         columns = order.tolist()
         # one block of columns has no weights before it that could have updated it
-        updated = self.scales == "updated" and draft.scale.shape[1] > 1 and draft.spec.scale_format != "int8"
+        updated = self.scales == "updated" and draft.groups > 1 and draft.spec.scale_format != "int8"
         begun: set[int] = set()
 
         def round_column(position: int, values: Tensor) -> Tensor:
@@ -164,11 +168,11 @@ class Gptq:
         part = draft.columns(group)
         positions = order.argsort()[part]
         now = sweep.current(positions).t().to(torch.float32).contiguous()
-        found = self._nearest().quantize(now, draft.spec, Seen(importance=importance[part]))
-        assert found.scale is not None
-        draft.scale[:, group] = found.scale[:, 0]
-        if draft.zero_point is not None and found.zero_point is not None:
-            draft.zero_point[:, group] = found.zero_point[:, 0]
+        draft.adopt_(group, self._nearest().quantize(now, draft.spec, Seen(importance=importance[part])))
+
+
+def _draft_of(record: QuantizedTensor) -> Draft:
+    return LearnedDraft.of(record) if record.spec.format.learned else ScaledDraft.of(record)
 
 
 def _order(name: str, importance: Tensor, wide: int) -> Tensor:

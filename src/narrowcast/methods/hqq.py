@@ -32,11 +32,13 @@ from narrowcast.core import (
     dequantize_blocks,
     quantize_blocks,
     round_scale,
+    round_zero_point,
     to_blocks,
 )
 from narrowcast.errors import RecipeError
 from narrowcast.methods.base import Need, Seen, Solved, check_weight
 from narrowcast.methods.native import round_to_nearest
+from narrowcast.methods.rtn import Rtn
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Hqq:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_levels: ClassVar[bool] = False
     norm: float = 1.3
     beta: float = 10.0
     growth: float = 1.01
@@ -73,17 +76,19 @@ class Hqq:
         Args:
             weight: [out, in] float, finite; may be empty.
             spec: target format; any format, granularity and scale format.
-            seen: not used.
+            seen: not used, but for learned levels, which are those of `Rtn`.
 
         Returns:
-            A record whose error, to the power `norm`, is at most that of the full range in every block; with 8-bit
-            scales (scale:int8), which hang together, in the sum over every row of blocks.
+            A record whose error, to the power `norm`, is at most that of the full range in every block; with scales
+            that hang together (scale:int8, scale:k6), in the sum over every row of blocks.
 
         Raises:
             ModelError: the weight is not a finite float matrix.
             FormatError: a scale is larger than the scale format can hold.
         """
         weight = check_weight(weight)
+        if spec.format.learned:
+            return Solved(Rtn().quantize(weight, spec, seen), (f"{spec} has learned levels: rounded to nearest",))
         if not spec.format.scaled or weight.numel() == 0:
             why = f"{spec} has no scales" if weight.numel() else "the weight is empty"
             return Solved(round_to_nearest(weight, spec), (f"{why}: rounded to nearest",))
@@ -95,7 +100,7 @@ class Hqq:
             current = blocks.step(current, beta)
             best = best.better_of(current)
             beta *= self.growth
-        if spec.scale_format == "int8":
+        if spec.scale_format in ("int8", "k6"):
             best = plain.better_of(blocks.measure(round_scale(best.scale, spec), best.zero_point), by_row=True)
         return Solved(round_to_nearest(weight, spec, best.scale, best.zero_point))
 
@@ -159,12 +164,12 @@ class _Blocks:
         kept = scaled - error.sign() * (size - size.clamp(min=1e-6).pow(self.norm - 1) / beta).clamp(min=0)
         if now.zero_point is None:
             return self.measure(self._fitted(now.scale, levels, kept), None)
-        drift = (((levels - kept) * self.inside).sum(-1) / self.inside.sum(-1)).round()
+        drift = ((levels - kept) * self.inside).sum(-1) / self.inside.sum(-1)
         found: _Candidate | None = None
         for offset in (0, -1, 1):
-            zero_point = (now.zero_point + drift + offset).clamp(self.spec.code_low, self.spec.code_high)
+            zero_point = round_zero_point(now.zero_point + drift + offset * self.spec.zero_step, self.spec)
             moved = levels - (zero_point - now.zero_point).unsqueeze(-1)
-            tried = self.measure(self._fitted(now.scale, moved, kept), zero_point.to(torch.int32))
+            tried = self.measure(self._fitted(now.scale, moved, kept), zero_point)
             found = tried if found is None else found.better_of(tried)
         assert found is not None
         return found
@@ -176,5 +181,5 @@ class _Blocks:
         usable = torch.isfinite(fitted) & (fitted > 0)
         # twice the full range's scale is of no use, and a scale format may end there
         fitted = torch.where(usable, torch.minimum(fitted, 2 * scale), scale)
-        # 8-bit scales depend on their whole row and are rounded at the end
-        return fitted if self.spec.scale_format == "int8" else round_scale(fitted, self.spec)
+        # scales that depend on others in their row are rounded at the end
+        return fitted if self.spec.scale_format in ("int8", "k6") else round_scale(fitted, self.spec)

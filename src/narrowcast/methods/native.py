@@ -77,7 +77,7 @@ def search_range(
         refinements: rounds of refinement after the grid.
 
     Returns:
-        scale [block_rows, block_columns] float32 as it is stored; zero point of that shape, int32, or None.
+        scale [block_rows, block_columns] float32 as it is stored; zero point of that shape as `spec` has it, or None.
     """
     _, group = block_shape(spec.granularity, (weight.shape[0], weight.shape[1]))
     # longer blocks are summed in pieces there; the full range's errors are raised there

@@ -21,7 +21,7 @@ Source:
     Offsets and range factors: AutoRound (Cheng et al. 2023, arXiv:2309.05516, eq. 3). Gradient of the scale: LSQ
     (Esser et al. 2019, arXiv:1902.08153), of the zero point: LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576). Differs:
     the ends move by steps and from a searched range, not as factors in [0, 1] of the full range; the scale is rounded
-    to its format and the zero point to an integer in training.
+    to its format and the zero point to its own in training.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from torch import Tensor
 from narrowcast.core import (
     QuantizedTensor,
     QuantSpec,
-    clamp_steps,
     distinct_levels,
     from_blocks,
+    integer_steps_,
     range_gradients,
+    round_zero_point,
     through,
     to_blocks,
 )
@@ -102,7 +103,7 @@ class LearnedWeight:
         scale = self.start_scale * (1 + (self.ends[1] - self.ends[0]) / codes)
         scale = through(torch.clamp(scale, smallest, largest), spec)
         low = self.start_scale * (spec.code_low - self.start_zero + self.ends[0])
-        return scale, through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.code_high), None)
+        return scale, through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.zero_high), spec, zero=True)
 
 
 def _round(
@@ -111,7 +112,7 @@ def _round(
     """Code minus zero point (or the level) of w / s [.., elements], and the gap between levels; 0 where clamped."""
     if levels is not None:
         return _round_to_levels(scaled, offset, levels)
-    steps, inside = clamp_steps((scaled + offset).round_(), zero, spec)
+    steps, inside = integer_steps_(scaled + offset, zero, spec)
     return steps, inside.to(torch.float32)
 
 
@@ -143,10 +144,13 @@ def neighbours(weight: Tensor, record: QuantizedTensor) -> tuple[Tensor, Tensor]
         below = torch.searchsorted(levels, scaled, right=True) - 1
         last = levels.numel() - 1
         return levels[below.clamp(0, last)], levels[(below + (scaled != levels[below])).clamp(0, last)]
-    shift = 0.0 if record.zero_point is None else record.zero_point.unsqueeze(-1).to(torch.float32)
-    below, above = (
-        (codes + shift).clamp_(spec.code_low, spec.code_high) - shift for codes in (scaled.floor(), scaled.ceil())
-    )
+    shift = torch.zeros(()) if record.zero_point is None else record.zero_point.unsqueeze(-1).to(torch.float32)
+    if spec.zero_step != 1:
+        scaled = scaled + shift
+        ends = scaled.floor(), scaled.ceil()
+    else:
+        ends = scaled.floor() + shift, scaled.ceil() + shift
+    below, above = (codes.clamp(spec.code_low, spec.code_high) - shift for codes in ends)
     return below, above
 
 
@@ -161,7 +165,7 @@ def _encoded(
     steps: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
 ) -> QuantizedTensor:
     codes = spec.format.encode(steps if zero is None else steps + zero.unsqueeze(-1))
-    zero_point = None if zero is None else zero.to(torch.int32)
+    zero_point = None if zero is None else round_zero_point(zero, spec)
     return QuantizedTensor(from_blocks(codes, spec.granularity, shape), scale, zero_point, spec)
 
 

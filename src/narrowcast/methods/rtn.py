@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, QuantSpec
+from narrowcast.core import QuantizedTensor, QuantSpec, quantize_learned
 from narrowcast.errors import RecipeError
 from narrowcast.methods.base import Need, Seen, Solved, check_weight, relative_importance
 from narrowcast.methods.native import round_to_nearest, search_range
@@ -31,6 +31,7 @@ class Rtn:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_levels: ClassVar[bool] = True
     range: Literal["auto", "mse", "absmax"] = "auto"
     refinements: int = 2
 
@@ -53,7 +54,9 @@ class Rtn:
             seen: its `importance` [in] weights the squared error; None weights all inputs the same.
 
         Returns:
-            A tensor whose (weighted) squared error is at most that of plain `quantize(weight, spec)`.
+            In formats with learned levels, the best levels there are under the importance, see `core.codebook`
+            ("absmax": with all inputs alike). Else a tensor whose (weighted) squared error is at most that of plain
+            `quantize(weight, spec)`.
 
         Raises:
             ModelError: the weight is not a finite float matrix.
@@ -62,6 +65,8 @@ class Rtn:
         """
         weight = check_weight(weight)
         importance = relative_importance(seen, weight.shape[1])
+        if spec.format.learned:
+            return quantize_learned(weight, spec, None if self.range == "absmax" else importance)
         keep = self.range == "absmax" or (self.range == "auto" and importance is None and spec.format.bits >= 8)
         if keep or not spec.format.scaled or weight.numel() == 0:
             return round_to_nearest(weight, spec)

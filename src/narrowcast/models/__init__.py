@@ -3,6 +3,7 @@
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site
 from narrowcast.models.batchnorm import FoldReport, find_pairs, fold_
 from narrowcast.models.blocks import Blocks, Link, ModelBlock, find_blocks
+from narrowcast.models.expected_inputs import expected_inputs
 from narrowcast.models.torch_model import TorchModel
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Sample",
     "Site",
     "TorchModel",
+    "expected_inputs",
     "find_blocks",
     "find_pairs",
     "fold_",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Activation:
         spec: format of the input codes; None leaves the input in float.
         scale: [1] or [channels] float32, input units per code of a static range; None for any other mode. With one
             scale per channel the weight that goes with it holds `weight * scale / max(scale)`.
-        zero_point: [1] or [channels] uint8, the codes of 0.0 of a static range.
+        zero_point: [1] or [channels] uint8, the codes of 0.0 of a static range; at most `code_high`.
         outliers: [outliers] int64, channels of a linear layer's input that stay float; None quantizes all.
     """
 
@@ -33,6 +33,11 @@ class Activation:
     def mode(self) -> str:
         """One of "float", "cast" (to a 16-bit float), "dynamic", "asymmetric" (dynamic with zero points), "static"."""
         return activation_mode(self.spec)
+
+    @property
+    def code_high(self) -> int:
+        """The largest code of a static range; codes begin at 0."""
+        return 255 if self.spec is None else int(self.spec.format.high)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` takes them back, but for the numbers, which are stored as tensors."""
@@ -54,6 +59,11 @@ class Activation:
         if self.scale is None or self.scale.numel() == 1:
             return None
         return self.scale / self.scale.max()
+
+    def scaled(self, factor: float) -> Activation:
+        """The same with a static scale multiplied by a factor; the codes of 0.0 and ratios of channels stay."""
+        assert self.scale is not None
+        return replace(self, scale=self.scale * torch.tensor(factor))
 
 
 FLOAT = Activation()
@@ -77,8 +87,8 @@ def activation_spec(text: str) -> QuantSpec:
     """The specs that inputs may have.
 
     They are int8/token and uint8/token (a range per token or sample, found at run time, the second with a zero point of
-    its own), uint8/tensor and uint8/channel (static, one
-    range or one per input channel), bf16 and fp16 (a cast), fp32 (as it is).
+    its own), uint8/tensor and uint8/channel (static, one range or one per input channel), the same in 4 bits, which run
+    in the kernels of 8 (uint4/tensor, uint4/channel), bf16 and fp16 (a cast), fp32 (as it is).
 
     Raises:
         FormatError: any other format; the message lists these.
@@ -86,11 +96,11 @@ def activation_spec(text: str) -> QuantSpec:
     spec = QuantSpec.parse(text)
     name, granularity = spec.format.name, spec.granularity
     dynamic = isinstance(granularity, PerToken) and (name == "uint8" or (name == "int8" and spec.symmetric))
-    static = name == "uint8" and isinstance(granularity, PerTensor | PerChannel)
+    static = name in ("uint8", "uint4") and isinstance(granularity, PerTensor | PerChannel)
     if dynamic or static or name in ("fp16", "bf16", "fp32"):
         return spec
     raise FormatError(
         f"input {text!r}: no kernel takes such activations; use 'uint8/token' or 'int8/token' (range found at run "
-        "time), 'uint8/tensor static:<observer>' or 'uint8/channel static:minmax' (ranges from calibration), 'bf16', "
-        "'fp16', or leave input out for float"
+        "time), 'uint8/tensor static:<observer>' or 'uint8/channel static:minmax' (ranges from calibration), either "
+        "with 'uint4' for 'uint8', 'bf16', 'fp16', or leave input out for float"
     )

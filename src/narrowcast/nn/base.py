@@ -8,30 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from narrowcast.core import (
-    PerBlock,
-    PerChannel,
-    PerGroup,
-    QuantizedTensor,
-    QuantSpec,
-    packed_width,
-    scale_shape,
-    split_int8_scale,
-    spread_channels,
-)
-from narrowcast.core.formats import FORMATS, NumberFormat
-from narrowcast.errors import FormatError
-from narrowcast.kernels import kernel_name  # noqa: F401  importing it defines torch.ops.narrowcast
+from narrowcast.core import QuantizedTensor, QuantSpec, spread_channels
 from narrowcast.nn.activation import Activation
+from narrowcast.nn.stored_weight import KernelArguments, StoredWeight
 
-KernelArguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]
-"""codes, scale, zero_point, levels, bits and group of a stored weight, in the order of the weight-only ops."""
+__all__ = ["InstalledModule", "KernelArguments", "QuantizedModule", "StoredWeight", "row_sums"]
 
 
 class InstalledModule(nn.Module):
@@ -98,6 +84,18 @@ class QuantizedModule(InstalledModule):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.restore_layout_()
         super()._load_from_state_dict(*arguments)
+        self._refresh_expanded()
+
+    def prepare_(self) -> None:
+        """Keep scales, zero points and levels in the form that the weight-only ops read, where that is a wider one."""
+        for name in self.weight_names:
+            if self.stored(name).expanded():
+                for part, tensor in self.stored(name).expand(self).items():
+                    self.register_buffer(f"{name}_kernel_{part}", tensor, persistent=False)
+
+    def _refresh_expanded(self) -> None:
+        if any(f"{name}_kernel_scale" in self._buffers for name in self.weight_names):
+            QuantizedModule.prepare_(self)
 
     def stored(self, name: str) -> StoredWeight:
         """The description of one stored weight."""
@@ -113,6 +111,21 @@ class QuantizedModule(InstalledModule):
     def input_ranges(self) -> Activation:
         """The treatment of the input, with the ranges that the buffers hold."""
         return Activation(self.activation.spec, self.input_scale, self.input_zero_point)
+
+    def within_codes(self, x: Tensor, channel_dim: int) -> Tensor:
+        """The input as a kernel whose codes go to 255 may have it: clamped to what fewer static codes can say.
+
+        Args:
+            x: the input; what is not finite stays so, for the op to refuse.
+            channel_dim: of the channels of `x`.
+        """
+        ranges = self.input_ranges()
+        if ranges.scale is None or ranges.zero_point is None or ranges.code_high == 255:
+            return x
+        shape = [1] * x.dim()
+        shape[channel_dim] = ranges.scale.numel()
+        scale, zero = ranges.scale.view(shape), ranges.zero_point.view(shape).to(torch.float32)
+        return (x.clamp(-zero * scale, (ranges.code_high - zero) * scale) + 0.0 * x).to(x.dtype)
 
     def kernel_terms(self, name: str, *, groups: int = 1) -> dict[str, Tensor]:
         """What the int8 kernels want of a weight besides panels: codes, output scale, sum of zero points, inverse.
@@ -165,160 +178,6 @@ class QuantizedModule(InstalledModule):
         tensors = stored.encode(record) if record is not None else stored.empty()
         for suffix, tensor in tensors.items():
             self.register_buffer(f"{name}_{suffix}", tensor)
-
-
-class StoredWeight:
-    """How one weight lies in buffers and files: packed codes, scales in their own format, 8-bit zero points.
-
-    Args:
-        name: prefix of the buffers `<name>_codes`, `<name>_scale`, `<name>_outer_scale`, `<name>_zero_point`.
-        spec: format of the weight.
-        shape: (rows, columns) of the weight matrix.
-    """
-
-    def __init__(self, name: str, spec: QuantSpec, shape: tuple[int, int]) -> None:
-        self.name, self.spec, self.shape = name, spec, shape
-
-    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Buffer suffix -> (dtype, shape) of what is stored."""
-        rows, columns = self.shape
-        number = self.spec.format
-        if number.bits < 8:
-            parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-            parts = {"codes": (torch.uint8, (rows, packed_width(columns, number.bits)))}
-        else:
-            parts = {"codes": (number.storage, self.shape)}
-        if not number.scaled:
-            return parts
-        scales = scale_shape(self.spec.granularity, self.shape)
-        kinds = {"fp32": torch.float32, "fp16": torch.float16, "e8m0": torch.uint8, "int8": torch.uint8}
-        parts["scale"] = (kinds[self.spec.scale_format], scales)
-        if self.spec.scale_format == "int8":
-            parts["outer_scale"] = (torch.bfloat16, (scales[0], 1))
-        if not self.spec.symmetric:
-            parts["zero_point"] = (torch.uint8, scales)
-        return parts
-
-    def empty(self) -> dict[str, Tensor]:
-        """Buffers of the right dtype and shape on the meta device."""
-        return {
-            suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, (dtype, shape) in self.layout().items()
-        }
-
-    def encode(self, record: QuantizedTensor) -> dict[str, Tensor]:
-        """The stored tensors of a record; zero points are stored as `zero_point - format.low`, an unsigned byte."""
-        if record.spec != self.spec or record.shape != self.shape:
-            raise FormatError(
-                f"weight {self.name!r} is {self.spec} of shape {self.shape}, got {record.spec} of shape {record.shape}"
-            )
-        number = self.spec.format
-        parts = {"codes": _pack(record.codes, number) if number.bits < 8 else record.codes.contiguous()}
-        if record.scale is not None:
-            parts |= self._encode_scale(record.scale)
-        if record.zero_point is not None:
-            parts["zero_point"] = (record.zero_point - int(number.low)).to(torch.uint8)
-        return parts
-
-    def _encode_scale(self, scale: Tensor) -> dict[str, Tensor]:
-        if self.spec.scale_format == "int8":
-            codes, outer = split_int8_scale(scale)
-            return {"scale": codes, "outer_scale": outer.to(torch.bfloat16)}
-        if self.spec.scale_format == "e8m0":
-            return {"scale": FORMATS["e8m0"].encode(scale)}
-        return {"scale": scale.to(torch.float16 if self.spec.scale_format == "fp16" else torch.float32)}
-
-    def scale(self, owner: nn.Module) -> Tensor | None:
-        """The scales of the buffers of `owner`, float32 [block_rows, block_columns]."""
-        if not self.spec.format.scaled:
-            return None
-        stored: Tensor = getattr(owner, f"{self.name}_scale")
-        if self.spec.scale_format == "e8m0":
-            return FORMATS["e8m0"].decode(stored)
-        if self.spec.scale_format == "int8":
-            outer: Tensor = getattr(owner, f"{self.name}_outer_scale")
-            return outer.to(torch.float32) * stored.to(torch.float32)
-        return stored.to(torch.float32)
-
-    def to_record(self, owner: nn.Module) -> QuantizedTensor:
-        """The record that the buffers of `owner` hold."""
-        number = self.spec.format
-        codes: Tensor = getattr(owner, f"{self.name}_codes")
-        if number.bits < 8:
-            codes = _unpack(codes, number, self.shape[1])
-        zero_point = None
-        if not self.spec.symmetric:
-            zero_point = getattr(owner, f"{self.name}_zero_point").to(torch.int32) + int(number.low)
-        return QuantizedTensor(codes, self.scale(owner), zero_point, self.spec)
-
-    def dequantize(self, owner: nn.Module) -> Tensor:
-        """The float32 weight [rows, columns], by the native kernel where there is one for this format."""
-        arguments = self.kernel_arguments(owner)
-        if arguments is None:
-            return self.to_record(owner).dequantize()
-        return torch.ops.narrowcast.dequantize_weight(*arguments, self.shape[1])  # type: ignore[no-any-return]
-
-    def has_kernel(self) -> bool:
-        """Whether the weight-only ops read this format: one with scales, each for a group of a row or for all rows."""
-        return self.spec.format.scaled and not isinstance(self.spec.granularity, PerBlock)
-
-    def kernel_arguments(self, owner: nn.Module) -> KernelArguments | None:
-        """The stored tensors as the weight-only ops take them; None for formats and blocks that they do not read.
-
-        Returns:
-            (codes, scale, zero_point, levels, bits, group): see `kernels.reference_weight_only.dequantize_weight`.
-        """
-        if not self.has_kernel():
-            return None
-        number = self.spec.format
-        codes: Tensor = getattr(owner, f"{self.name}_codes")
-        zero_point = None if self.spec.symmetric else getattr(owner, f"{self.name}_zero_point")
-        stored: Tensor | None = getattr(owner, f"{self.name}_scale")
-        scale = self.scale(owner) if self.spec.scale_format == "int8" else stored
-        assert scale is not None
-        levels = None
-        if number.kind != "int":
-            levels = kernel_levels(number.name).to(codes.device)
-            codes = codes.view(torch.uint8)
-        return codes, scale, zero_point, levels, number.bits, self.group
-
-    @property
-    def group(self) -> int:
-        """Columns that share a scale."""
-        granularity = self.spec.granularity
-        return min(granularity.size, self.shape[1]) if isinstance(granularity, PerGroup) else self.shape[1]
-
-    def runs_as_int4(self) -> bool:
-        """Whether the int4 kernels read this weight as it is stored: groups of a multiple of 32, float16 scales."""
-        if self.spec.format.name != "int4" or self.spec.scale_format != "fp16":
-            return False
-        granularity = self.spec.granularity
-        if isinstance(granularity, PerGroup):
-            return self.group % 32 == 0 or self.group == self.shape[1]
-        return isinstance(granularity, PerChannel)
-
-
-def _pack(codes: Tensor, number: NumberFormat) -> Tensor:
-    packed: Tensor = torch.ops.narrowcast.pack_codes(codes, number.bits, _field_offset(number))
-    return packed
-
-
-def _unpack(packed: Tensor, number: NumberFormat, columns: int) -> Tensor:
-    codes: Tensor = torch.ops.narrowcast.unpack_codes(
-        packed, number.bits, _field_offset(number), columns, number.storage == torch.int8
-    )
-    return codes
-
-
-def _field_offset(number: NumberFormat) -> int:
-    """The code whose packed field is 0."""
-    return int(number.low) if number.kind == "int" else 0
-
-
-@lru_cache
-def kernel_levels(name: str) -> Tensor:
-    """The float32 value of every field of a format that is not of integers."""
-    number = FORMATS[name]
-    return number.decode(torch.arange(2**number.bits, dtype=torch.uint8).view(number.storage))
 
 
 def row_sums(codes: Tensor, factors: Tensor | None = None) -> Tensor:

@@ -258,6 +258,7 @@ class QuantizedConv(QuantizedModule):
 
     def _integer_forward(self, images: Tensor, output_padding: tuple[int, int]) -> Tensor:
         static = self.input_scale is not None
+        images = self.within_codes(images, 1) if static else images
         return torch.ops.narrowcast.conv2d_int8_planned(  # type: ignore[no-any-return]
             images, self.kernel_panels, self.kernel_scale, self.kernel_zero_sum, self.bias,
             self.kernel_input_inverse if static else None, self.kernel_input_zero if static else None,

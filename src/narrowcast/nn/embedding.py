@@ -41,6 +41,8 @@ class QuantizedEmbedding(QuantizedModule):
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx, self.dtype = padding_idx, dtype
         self.add_weight("weight", spec, shape, record)
+        if record is not None:
+            self.prepare_()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizedEmbedding:
@@ -89,7 +91,7 @@ class QuantizedEmbedding(QuantizedModule):
     def _looked_up(self, indices: Tensor) -> Tensor:
         record = self.stored("weight").to_record(self)
         flat = indices.reshape(-1)
-        if record.scale is None:
+        if record.scale is None and record.levels is None:
             looked_up = QuantizedTensor(_rows(record.codes, flat), None, None, record.spec).dequantize()
         else:
             looked_up = record.dequantize().index_select(0, flat)

@@ -126,6 +126,7 @@ class QuantizedExperts(QuantizedModule):
 
     def prepare_(self) -> None:
         """Row sums and flat scales for the int8 op; other ops read the weights as they are stored."""
+        super().prepare_()
         for name in self.weight_names:
             if self._ops[name] != "linear_int8_dynamic":
                 continue
@@ -184,9 +185,10 @@ class QuantizedExperts(QuantizedModule):
             return torch.ops.narrowcast.linear_int8_dynamic(x, *terms, bias, symmetric, "none")  # type: ignore[no-any-return]
         if op == "linear_lowbit_dynamic":
             group = stored.group
-            zero_point = own.get(f"{name}_zero_point")
+            kept = f"{name}_kernel" if stored.expanded() else name
+            zero_point = own.get(f"{kept}_zero_point")
             return torch.ops.narrowcast.linear_lowbit_dynamic(  # type: ignore[no-any-return]
-                x, own[f"{name}_codes"][rows], own[f"{name}_scale"][rows],
+                x, own[f"{name}_codes"][rows], own[f"{kept}_scale"][rows],
                 None if zero_point is None else zero_point[rows], bias, stored.spec.format.name, group,
                 input_group_of(group, stored.shape[1]), "none", 0,
             )  # fmt: skip
@@ -195,16 +197,11 @@ class QuantizedExperts(QuantizedModule):
             weight = stored.dequantize(self)[rows].to(x.dtype)
             return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         codes, scale, zero_point, levels, bits, group = arguments
+        if scale.shape[0] == stored.shape[0]:  # not one row of scales for all
+            scale, zero_point = scale[rows], None if zero_point is None else zero_point[rows]
+        own_levels = levels[rows] if levels is not None and levels.dim() == 3 else levels
         return torch.ops.narrowcast.linear_weight_only(  # type: ignore[no-any-return]
-            x,
-            codes[rows],
-            scale[rows],
-            None if zero_point is None else zero_point[rows],
-            levels,
-            bias,
-            bits,
-            group,
-            "none",
+            x, codes[rows], scale, zero_point, own_levels, bias, bits, group, "none"
         )
 
     def extra_repr(self) -> str:

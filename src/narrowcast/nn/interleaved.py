@@ -72,7 +72,7 @@ def interleave_(module: QuantizedLinear, op: str) -> bool:
     if op == "linear_lowbit_dynamic":
         bits = module.stored("weight").spec.format.bits
         buffers["weight_codes"] = interleave(_fields(codes, bits, module.in_features), bits)
-        for name in ("weight_scale", "weight_zero_point"):
+        for name in module.group_buffers:
             values = buffers.get(name)
             if values is not None:
                 buffers[name] = interleave_groups(values)
@@ -105,7 +105,7 @@ def restore_(module: QuantizedLinear) -> None:
         if number.bits < 8:
             fields = torch.ops.narrowcast.pack_codes(fields, number.bits, 0)
         buffers["weight_codes"] = fields
-        for name in ("weight_scale", "weight_zero_point"):
+        for name in module.group_buffers:
             values = buffers.get(name)
             if values is not None:
                 buffers[name] = restore_groups(values, rows)

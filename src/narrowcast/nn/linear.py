@@ -28,12 +28,14 @@ def is_int8_per_channel(spec: QuantSpec) -> bool:
 
 
 def is_low_bit(spec: QuantSpec, columns: int) -> bool:
-    """Whether the low-bit kernels read this weight as it is stored.
+    """Whether the low-bit kernels read the codes of this weight as they are stored.
 
     That is so for 2 to 6 bits, nf4 and fp4 per row or in groups of a multiple of 16, and for symmetric int8 in such
-    groups, with scales stored in float16 or float32.
+    groups, with scales stored in float16 or float32, or in super-blocks without zero points between codes.
     """
-    if spec.format.name not in LOW_BIT_FORMATS or spec.scale_format not in ("fp16", "fp32"):
+    if spec.format.name not in LOW_BIT_FORMATS or spec.scale_format not in ("fp16", "fp32", "k6"):
+        return False
+    if not spec.symmetric and spec.zero_step != 1:
         return False
     grouped = isinstance(spec.granularity, PerGroup) and min(spec.granularity.size, columns) in (
         columns,
@@ -94,8 +96,12 @@ class QuantizedLinear(QuantizedModule):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._symmetric = activation.mode == "dynamic"
         self._op = linear_op(spec, shape, activation.mode)
+        self._narrow = activation.mode == "static" and activation.code_high < 255
         group = self.stored("weight").group
         self.kernel_groups = (spec.format.name, group, input_group_of(group, shape[1]))
+        # in super-blocks what `prepare_` has spread out
+        middle = "kernel_" if self.stored("weight").expanded() else ""
+        self.group_buffers = (f"weight_{middle}scale", f"weight_{middle}zero_point")
         self._calls_left = 0
         if record is not None:
             self.prepare_()
@@ -124,6 +130,7 @@ class QuantizedLinear(QuantizedModule):
     def prepare_(self) -> None:
         """Row sums and flat scales for the int8 kernels; the codes are used as they are stored for the first call."""
         self.restore_layout_()
+        super().prepare_()
         if self._op in ("linear_int8_dynamic", "linear_int8_static"):
             for name, tensor in self.kernel_terms("weight").items():
                 self.register_buffer(name, tensor, persistent=False)
@@ -168,10 +175,11 @@ class QuantizedLinear(QuantizedModule):
                 raise DataError(f"linear layer: the input has {x.shape[-1]} features, expected {self.in_features}")
             weight = buffers["weight_codes"]
             return _LOW_BIT_DYNAMIC(  # type: ignore[no-any-return]
-                x, weight, buffers["weight_scale"], buffers.get("weight_zero_point"), buffers["bias"],
+                x, weight, *(buffers.get(name) for name in own["group_buffers"]), buffers["bias"],
                 *own["kernel_groups"], own["fused"], own["out_features"] if weight.dim() == 4 else 0,
             )  # fmt: skip
         if op == "linear_int8_static":
+            x = self.within_codes(x, -1) if own["_narrow"] else x
             return _INT8_STATIC(  # type: ignore[no-any-return]
                 x, buffers["kernel_codes"], buffers["kernel_scale"], buffers["kernel_zero_sum"], buffers["bias"],
                 buffers["kernel_input_inverse"], buffers["kernel_input_zero"], own["fused"],

@@ -156,11 +156,25 @@ def _place_parts(builder: _Builder) -> None:
 def _add_input(builder: _Builder, index: int, name: str) -> None:
     code, channels = builder.wants.codes[name], builder.counts[name]
     constants = builder.add_constants(1 / code.scale, code.zero, channels=channels)
-    builder.steps.append(Step(StepKind.QUANTIZE, index, builder.value_of((name, True)), constants=constants))
+    if code.high == 255:
+        builder.steps.append(Step(StepKind.QUANTIZE, index, builder.value_of((name, True)), constants=constants))
+    else:
+        _add_narrow_input(builder, index, name, constants)
     if name in builder.wants.floats:
         constants = builder.add_constants(code.scale, code.zero, channels=channels)
         source, target = builder.value_of((name, True)), builder.value_of((name, False))
         builder.steps.append(Step(StepKind.DEQUANTIZE, source, target, constants=constants))
+
+
+def _add_narrow_input(builder: _Builder, index: int, name: str, constants: int) -> None:
+    """Codes of a scale that go to 255, as inputs are quantized to, and then the same clamped to what is wanted."""
+    code, channels = builder.wants.codes[name], builder.counts[name]
+    buffer = builder.new_buffer(channels, coded=True)
+    builder.zeros[buffer] = builder.add_constants(code.zero, channels=channels)
+    wide = builder.new_value(channels, buffer, 0)
+    builder.steps.append(Step(StepKind.QUANTIZE, index, wide, constants=constants))
+    clamp = builder.add_constants(1.0, 0.0, 0.0, 0.0, float(code.high), channels=channels)
+    builder.steps.append(Step(StepKind.ADD, wide, builder.value_of((name, True)), wide, clamp))
 
 
 def _add_other(builder: _Builder, name: str, op: ImageOp) -> None:
@@ -287,11 +301,11 @@ def _bounds(entry: Sum, code: Code | None) -> list[Tensor | float]:
     if code is None:
         return [entry.low, entry.high]
     low = torch.zeros_like(code.zero)
-    high = torch.full_like(code.zero, 255.0)
+    high = torch.full_like(code.zero, float(code.high))
     if entry.low > -math.inf:
         low = (entry.low / code.scale + code.zero).clamp(min=0)
     if entry.high < math.inf:
-        high = (entry.high / code.scale + code.zero).clamp(max=255)
+        high = (entry.high / code.scale + code.zero).clamp(max=code.high)
     return [low, high]
 
 

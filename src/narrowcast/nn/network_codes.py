@@ -31,11 +31,13 @@ class Code:
 
     Args:
         scale: [channels] float64.
-        zero: [channels] float64, whole numbers 0 to 255.
+        zero: [channels] float64, whole numbers 0 to `high`.
+        high: the largest code; the smallest is 0.
     """
 
     scale: Tensor
     zero: Tensor
+    high: int = 255
 
     @classmethod
     def of(cls, convolution: QuantizedConv) -> Code:
@@ -43,16 +45,18 @@ class Code:
         assert convolution.input_scale is not None and convolution.input_zero_point is not None
         channels = convolution.shape.in_channels
         return cls(
-            convolution.input_scale.double().expand(channels), convolution.input_zero_point.double().expand(channels)
-        )
+            convolution.input_scale.double().expand(channels), convolution.input_zero_point.double().expand(channels),
+            convolution.activation.code_high,
+        )  # fmt: skip
 
     def same(self, other: Code) -> bool:
         """Whether the codes mean the same."""
-        return torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
+        alike = torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
+        return alike and self.high == other.high
 
     def part(self, start: int, count: int) -> Code:
         """The codes of some of the channels."""
-        return Code(self.scale[start : start + count], self.zero[start : start + count])
+        return Code(self.scale[start : start + count], self.zero[start : start + count], self.high)
 
 
 def channel_counts(region: Region, convolutions: Mapping[str, QuantizedConv]) -> dict[str, int]:
@@ -126,4 +130,7 @@ def find_wants(region: Region, convolutions: Mapping[str, QuantizedConv], counts
         missing = [source for source in op.sources if source not in region.ops and source not in codes]
         if missing:
             raise ConflictError(name, f"it reads {missing[0]}, which comes from outside and has no range")
+        narrow = [s for s in op.sources if s not in region.ops and s in floats and codes[s].high < 255]
+        if narrow:
+            raise ConflictError(name, f"{narrow[0]} comes from outside and is read in fewer than 8 bits and as floats")
     return Wants(codes, frozenset(floats))

@@ -28,6 +28,7 @@ from narrowcast.core import (
     nearest_scale,
     quantize_blocks,
     round_scale,
+    round_zero_point,
     through,
     to_blocks,
 )
@@ -166,8 +167,8 @@ class WeightRange(Range):
         with torch.no_grad():
             scale, zero = self._range(weight)
             round_scale(scale, self.spec)
-            codes = quantize_blocks(to_blocks(weight, self.spec.granularity), self.spec, scale, zero)
-        zero_point = None if zero is None else zero.to(torch.int32)
+            zero_point = None if zero is None else round_zero_point(zero, self.spec)
+            codes = quantize_blocks(to_blocks(weight, self.spec.granularity), self.spec, scale, zero_point)
         return QuantizedTensor(from_blocks(codes, self.spec.granularity, self.shape), scale, zero_point, self.spec)
 
     def rows(self, weight: Tensor, index: Tensor, padding: int | None) -> Tensor:
@@ -191,7 +192,7 @@ class WeightRange(Range):
         scale: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
             factor, self.start_scale, self.spec, self.gradient_scale
         )
-        return scale, _shifted(self, self.spec.code_low, self.spec.code_high, self.gradient_scale)
+        return scale, _shifted(self, self.spec, self.spec.code_low, self.spec.zero_high, self.gradient_scale)
 
     def _follow(self, weight: Tensor) -> Tensor:
         if self.frozen and self._followed is not None:
@@ -248,7 +249,7 @@ class InputRange(Range):
         largest: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
             factor, self.start_scale.max().view(1), None, size
         )
-        zero = _shifted(self, 0, high, size)
+        zero = _shifted(self, self.spec, 0, high, size)
         assert zero is not None
         return largest, scale, zero
 
@@ -309,13 +310,13 @@ def _span(weight: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(span > 0, span, 1.0)
 
 
-def _shifted(part: Range, low: int, high: int, size: float) -> Tensor | None:
-    """The zero points in use, whole numbers."""
+def _shifted(part: Range, spec: QuantSpec, low: float, high: float, size: float) -> Tensor | None:
+    """The zero points in use, as the format holds them."""
     shift = part.parameter("shift")
     if shift is None or part.start_zero is None:
         return part.start_zero
     step: Tensor = _Sized.apply(shift, part.start_scale, size)  # type: ignore[no-untyped-call]
-    return through((part.start_zero + step).clamp(low, high), None)
+    return through((part.start_zero + step).clamp(low, high), spec, zero=True)
 
 
 class _Scaled(torch.autograd.Function):

@@ -50,6 +50,7 @@ class Calibration:
         channel_ranges: range observer of each module with a static range per input channel, by path.
         magnitudes: channel magnitudes at the input of each module, by path.
         evidence: what the pass through a block saw, by path; only while the block is worked on.
+        means: mean of each input channel of a layer as BatchNorms before it say, by path; only where there is no data.
     """
 
     observation: Observation = field(default_factory=Observation)
@@ -57,6 +58,7 @@ class Calibration:
     channel_ranges: dict[str, ChannelRange] = field(default_factory=dict)
     magnitudes: dict[str, ChannelMagnitude] = field(default_factory=dict)
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def ran(self, path: str) -> bool:
         """Whether the module ran at all."""
@@ -112,7 +114,7 @@ def calibrate(adapter: TorchModel, plan: Plan, data: Any) -> Calibration:
                 if per_channel(row):
                     observer = result.channel_ranges[path] = ChannelRange()
                 else:
-                    observer = result.ranges[path] = make_observer(row.input.observer)
+                    observer = result.ranges[path] = make_observer(row.input.observer, bits=row.input.spec.format.bits)
                 watchers[path].append(observer.update)
     result.observation = adapter.observe(data, watchers)
     return result
@@ -202,10 +204,11 @@ def activations_of(
         low, high = with_headroom(*observed.result(), observed.walls())
         text = f"{row.input.spec} [{float(low.min()):.4g}, {float(high.max()):.4g}]"
         balances = (1.0,) if adapter.is_depthwise(row.layer.sites[0]) else (1.0, 0.75, 0.5)
-        scales = [(balance, channel_scales(low, high, balance)) for balance in balances]
+        code_high = int(row.input.spec.format.high)
+        scales = [(balance, channel_scales(low, high, balance, code_high=code_high)) for balance in balances]
         return [(Activation(row.input.spec, *pair), f"{text} balance {balance:g}") for balance, pair in scales]
     bounds = calibration.ranges[path].range()
-    spec = QuantSpec.parse("uint8/tensor")
+    spec = QuantSpec.parse(f"{row.input.spec.format.name}/tensor")
     scale, zero_point = choose_scale(torch.tensor([[bounds[0]]]), torch.tensor([[bounds[1]]]), spec)
     assert zero_point is not None
     activation = Activation(spec, scale.view(1), zero_point.view(1).to(torch.uint8))

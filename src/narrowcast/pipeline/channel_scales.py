@@ -80,7 +80,7 @@ def choose_scales(stage: Stage, name: str, transform: Equalize | SmoothQuant | A
 def _rows_share_scales(stage: Stage, path: str) -> bool:
     """Whether a producer is quantized with scales over several rows: then its own error depends on theirs."""
     row = stage.row(path)
-    if row is None or row.weight is None or not row.weight.format.scaled:
+    if row is None or row.weight is None or row.weight.format.is_cast:
         return False
     return block_shape(row.weight.granularity, (row.layer.shape[0], row.layer.shape[1]))[0] > 1
 

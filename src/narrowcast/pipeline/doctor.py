@@ -230,7 +230,9 @@ def examine(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe, d
     """
     adapter = TorchModel(model)
     batches = rewindable(data)
-    doctor = Doctor.of(adapter, make_plan(adapter, load_recipe(recipe), FoldReport()), first_batch(batches, adapter))
+    doctor = Doctor.of(
+        adapter, make_plan(adapter, load_recipe(recipe), FoldReport(), has_data=True), first_batch(batches, adapter)
+    )
     for batch in iterate(batches, adapter.model):
         doctor.take(batch, compare=True)
     return doctor.findings()

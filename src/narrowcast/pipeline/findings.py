@@ -60,8 +60,13 @@ def judge_length(plan: Plan, positions: Mapping[str, float]) -> list[Finding]:
 
 
 def _needed(row: LayerPlan) -> tuple[str, int]:
-    if row.weight is not None and row.weight.format.scaled and make_method(row.method).needs:
+    if row.weight is not None and not row.weight.format.is_cast and make_method(row.method).needs:
         name = next(iter(row.method))
+        if row.chosen:
+            return (
+                f"the default, {name}, needs one per input of the layer, which is rounded to nearest",
+                row.layer.shape[1],
+            )
         return f"method {name!r} needs as many as the layer has inputs", row.layer.shape[1]
     if row.input is not None and row.input.observer:
         return "a static range needs a few dozen", _VECTORS_FOR_RANGE

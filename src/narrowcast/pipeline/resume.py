@@ -143,7 +143,7 @@ class Journal:
 
 def _weight_values(solved: SolvedWeight, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     record = solved.record
-    for part in ("codes", "scale", "zero_point"):
+    for part in ("codes", "scale", "zero_point", "levels"):
         if (tensor := getattr(record, part)) is not None:
             tensors[f"{name}/{part}"] = tensor.contiguous()
     return {
@@ -155,7 +155,7 @@ def _weight_values(solved: SolvedWeight, name: str, tensors: dict[str, Tensor]) 
 def _weight(values: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> SolvedWeight:
     codes = tensors[f"{name}/codes"]
     scale, zero_point = tensors.get(f"{name}/scale"), tensors.get(f"{name}/zero_point")
-    record = QuantizedTensor(codes, scale, zero_point, QuantSpec.parse(values["spec"]))
+    record = QuantizedTensor(codes, scale, zero_point, QuantSpec.parse(values["spec"]), tensors.get(f"{name}/levels"))
     return SolvedWeight(
         record, values["sqnr_db"], values["method"], values["seconds"], values["fallback"], tuple(values["notes"]),
         tuple(StepError(**error) for error in values["errors"]),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from narrowcast.core import sqnr_db
 from narrowcast.errors import ContractError, ModelError
 from narrowcast.export.checkpoint_tensors import source_hash
-from narrowcast.models import FoldReport, TorchModel, find_pairs, fold_
+from narrowcast.models import FoldReport, TorchModel, expected_inputs, find_pairs, fold_
 from narrowcast.models.modules import evaluation_mode, get_module, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
@@ -166,7 +166,7 @@ def solve_model(
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
     folds = _find_folds(adapter, recipe, probe)
-    plan = make_plan(adapter, recipe, folds)
+    plan = make_plan(adapter, recipe, folds, has_data=data is not None)
     check_has_data(plan, data)
     check_resume(plan, resume)
     check_plan(plan, strict=strict, min_coverage=min_coverage)
@@ -174,12 +174,13 @@ def solve_model(
     doctor = None if probe is None else Doctor.of(adapter, plan, probe)
     if doctor is not None:
         batches = doctor.read(data, batches, strict=strict)
+    means = _means_behind_norms(adapter, recipe, probe)
     norms = _norms(adapter, folds)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     transformed = transform(adapter, plan, batches, probe)
-    notes += transformed.notes
     calibration, recording, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
-    notes += calibration.observation.notes
+    calibration.means = means
+    notes += transformed.notes + calibration.observation.notes
     journal = _journal(resume, plan, source, calibration, recording)
     flows = trace(adapter, plan, probe)
     job = Job(adapter, plan, calibration, SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan)))
@@ -250,6 +251,16 @@ def _find_folds(adapter: TorchModel, recipe: Recipe, probe: Any) -> FoldReport:
     if not recipe.fold_batchnorm:
         return FoldReport()
     return find_pairs(adapter.model, None if probe is None else lambda: probe.run(adapter.model))
+
+
+def _means_behind_norms(adapter: TorchModel, recipe: Recipe, probe: Any) -> dict[str, Tensor]:
+    """What BatchNorms say of the inputs of layers, where there is no data to say more.
+
+    Transforms change what layers read, so behind them nothing is known.
+    """
+    if probe is not None or not recipe.correct_bias or recipe.transforms:
+        return {}
+    return expected_inputs(adapter.model)
 
 
 def _fold(adapter: TorchModel, folds: FoldReport, probe: Any) -> list[str]:

@@ -246,6 +246,8 @@ class _Work:
             seconds = (time.perf_counter() - started) / len(names)
             for name in names:
                 job.solved[name] = described(tasks[name], solved[name], next(iter(rows[name].method)), seconds)
+                path = speaker(rows[name].layer)
+                treatments[path] = _refined(treatments[path], solved[name].input_factor)
         for path in paths:
             install_(job, path, self.units[path], treatments[path])
 
@@ -275,7 +277,9 @@ class _Work:
                 inside = path if block.path == "" else path[len(block.path) + 1 :]
                 ratio = tasks[name].ratio if name in tasks else column_ratio(job.adapter, row, treatment[0])
                 assert row.weight is not None
-                uses[name] = LayerUse(inside, site.parameter, row.weight, treatment[0], ratio)
+                own = treatment[0].mode == "static" and len(row.layer.sites) == len(self.units[path]) == 1
+                own = own and job.shared.is_alone(path)
+                uses[name] = LayerUse(inside, site.parameter, row.weight, treatment[0], ratio, adjustable=own)
                 if solved is not None:
                     fixed[name] = solved.record.dequantize()
         return ModuleBlock(
@@ -284,6 +288,12 @@ class _Work:
             {name: task.seen or Seen() for name, task in tasks.items()},
             [given for given, _ in pairs], [wanted for _, wanted in pairs],
         )  # fmt: skip
+
+
+def _refined(treatment: Treatment, factor: float) -> Treatment:
+    """The treatment of an input whose static scale a solver has multiplied."""
+    activation, text = treatment
+    return treatment if factor == 1 else (activation.scaled(factor), f"{text} times {factor:.3g}")
 
 
 class _Hooks:

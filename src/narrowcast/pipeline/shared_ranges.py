@@ -33,10 +33,11 @@ class SharedRanges:
 
     Args:
         origins: path of a convolution -> for each of its calls, what its input is made of, in channel order.
+        chosen: (name of an image, format of its codes) -> their scale and zero point.
     """
 
     origins: dict[str, list[list[Origin]]] = field(default_factory=dict)
-    chosen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    chosen: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, flows: Mapping[str, Flow], planned: Iterable[str]) -> SharedRanges:
@@ -58,13 +59,20 @@ class SharedRanges:
         static = [entry for entry in treatments if entry[0].scale is not None]
         if not calls or not static:
             return treatments
-        decided = [origin.name for origin in calls[0] if origin.name in self.chosen]
+        number = _format_of(static[0][0])
+        decided = [origin.name for origin in calls[0] if (origin.name, number) in self.chosen]
         if not decided:
             return treatments
         adapted = [(self._with_chosen(activation, calls[0]), text) for activation, text in static]
         if len(decided) == len(calls[0]):
             return [(adapted[0][0], f"{static[0][0].spec} as the other readers of the same image")]
         return adapted
+
+    def is_alone(self, path: str) -> bool:
+        """Whether no other convolution reads any part of the image that this one reads."""
+        mine = {origin.name for call in self.origins.get(path, ()) for origin in call}
+        others = (calls for other, calls in self.origins.items() if other != path)
+        return not any(origin.name in mine for calls in others for call in calls for origin in call)
 
     def choose(self, path: str, activation: Activation) -> None:
         """Remember what a convolution's input was given, for the other readers of the image."""
@@ -76,7 +84,8 @@ class SharedRanges:
             scale, zero_point = activation.scale.expand(total), activation.zero_point.expand(total)
             for origin in call:
                 stop = start + (origin.channels or 0)
-                self.chosen.setdefault(origin.name, (scale[start:stop], zero_point[start:stop]))
+                key = origin.name, _format_of(activation)
+                self.chosen.setdefault(key, (scale[start:stop], zero_point[start:stop]))
                 start = stop
 
     def _with_chosen(self, activation: Activation, call: list[Origin]) -> Activation:
@@ -85,12 +94,17 @@ class SharedRanges:
         scales = list(activation.scale.expand(total).split([origin.channels or 0 for origin in call]))
         zeros = list(activation.zero_point.expand(total).split([origin.channels or 0 for origin in call]))
         for index, origin in enumerate(call):
-            if origin.name in self.chosen:
-                scales[index], zeros[index] = self.chosen[origin.name]
+            key = origin.name, _format_of(activation)
+            if key in self.chosen:
+                scales[index], zeros[index] = self.chosen[key]
         scale, zero_point = torch.cat(scales), torch.cat(zeros)
         if activation.scale.numel() == 1 and bool((scale == scale[0]).all() and (zero_point == zero_point[0]).all()):
             scale, zero_point = scale[:1], zero_point[:1]
         return Activation(activation.spec, scale.contiguous(), zero_point.contiguous())
+
+
+def _format_of(activation: Activation) -> str:
+    return "" if activation.spec is None else activation.spec.format.name
 
 
 def _follow(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowcast.core import PerChannel
 from narrowcast.methods import Rtn
-from narrowcast.models import Layer, TorchModel
+from narrowcast.models import Layer, Site, TorchModel
 from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
 from narrowcast.pipeline.calibrate import Calibration, activations_of
@@ -19,7 +20,7 @@ from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weigh
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
-from narrowcast.transforms import ChannelError
+from narrowcast.transforms import ChannelError, analytic_correction
 
 Treatment = tuple[Activation, str]
 """What happens to a module's input, and how the report says it."""
@@ -27,13 +28,13 @@ Treatment = tuple[Activation, str]
 
 @dataclass(frozen=True)
 class Built:
-    """One module that could be installed, with its input's treatment and its error on the sample."""
+    """One module that could be installed, its input's treatment, its error on the sample, what corrected its bias."""
 
     module: QuantizedModule
     solved: dict[str, SolvedWeight]
     treatment: Treatment
     error: float
-    corrected: bool
+    corrected: str = ""
 
 
 @dataclass
@@ -141,15 +142,27 @@ def _build(
     records = {s.parameter: solved[r.layer.name].record for r in rows for s in r.layer.sites if s.path == path}
     module = adapter.build(path, records, treatment[0])
     sample = calibration.observation.samples.get(path)
-    if sample is None or expected is None:
-        return Built(module, solved, treatment, 0.0, False)
     site = next(site for site in rows[0].layer.sites if site.path == path)
+    if sample is None or expected is None:
+        how = _correct_bias_by_mean_(job, site, rows[0], module, solved)
+        return Built(module, solved, treatment, 0.0, how)
     channel_dim = adapter.output_channel_dim(site) if job.plan.recipe.correct_bias else None
     with torch.no_grad():
         got = first_tensor(module(*sample.args, **sample.kwargs))
         assert got is not None
         error, corrected = _correct_bias_(module, expected, got, channel_dim)
-    return Built(module, solved, treatment, error, corrected)
+    return Built(module, solved, treatment, error, "bias corrected" if corrected else "")
+
+
+def _correct_bias_by_mean_(job: Job, site: Site, row: LayerPlan, module: Any, solved: dict[str, SolvedWeight]) -> str:
+    """Correct the bias by what BatchNorms say of the inputs; returns how the report says it."""
+    mean = job.calibration.means.get(site.path)
+    if mean is None or not job.plan.recipe.correct_bias or job.adapter.output_channel_dim(site) is None:
+        return ""
+    weight, stored = job.adapter.weight(row.layer), solved[row.layer.name].record.dequantize()
+    correction = analytic_correction(weight, stored, mean, job.adapter.input_groups(site))
+    module.bias = correction if module.bias is None else module.bias + correction
+    return "bias corrected by BatchNorm's means"
 
 
 def _correct_bias_(module: Any, expected: Tensor, got: Tensor, channel_dim: int | None) -> tuple[float, bool]:
@@ -173,10 +186,11 @@ def _outcome(job: Job, row: LayerPlan) -> LayerOutcome:
     built, verdict = job.modules[path]
     solved = job.solved[layer.name]
     fallen = "; ".join(part for part in (_fallen_back(row, path, calibration), _other_method(row, solved)) if part)
-    reasons = [part for part in (row.reason, fallen or _never_ran(layer, calibration)) if part]
+    chosen = f"rounded to nearest: {solved.fallback}" if row.chosen and solved.fallback else ""
+    reasons = [part for part in (row.reason, fallen or _never_ran(layer, calibration) or chosen) if part]
     return replace(
         base, outcome="fell back" if fallen else "quantized", reason="; ".join(reasons), spec=str(row.weight),
-        input=built.treatment[1], method=solved.method + (", bias corrected" if built.corrected else ""),
+        input=built.treatment[1], method=", ".join(part for part in (solved.method, built.corrected) if part),
         weight_sqnr_db=solved.sqnr_db, output_sqnr_db=verdict.sqnr_db, kernel=built.module.kernel,
         seconds=solved.seconds, float_ms=verdict.float_ms, quantized_ms=verdict.quantized_ms,
         errors=list(solved.errors), notes=list(solved.notes),
@@ -189,6 +203,8 @@ def speaker(layer: Layer) -> str:
 
 
 def _other_method(row: LayerPlan, solved: SolvedWeight) -> str:
+    if row.chosen:  # rounding to nearest is part of the default
+        return ""
     return f"{solved.fallback}: rtn instead of {next(iter(row.method))}" if solved.fallback else ""
 
 
@@ -202,7 +218,7 @@ def _fallen_back(row: LayerPlan, path: str, calibration: Calibration) -> str:
         return ""
     if not calibration.ran(path):
         return "it never ran in calibration, so it has no static range; its range is found at run time"
-    if path not in calibration.channel_ranges and str(row.input.spec).startswith("uint8/channel"):
+    if path not in calibration.channel_ranges and isinstance(row.input.spec.granularity, PerChannel):
         return "tied weights cannot take in the scales of several inputs; one range for all channels"
     return ""
 

@@ -68,9 +68,10 @@ class Task:
 
 def needs_of(row: LayerPlan) -> frozenset[str]:
     """What the solver of a planned weight must be given."""
-    if row.weight is None or not row.weight.format.scaled:
+    if row.weight is None or row.weight.format.is_cast:
         return frozenset()
-    return frozenset(make_method(row.method).needs)
+    method = make_method(row.method)
+    return frozenset() if row.weight.format.learned and not method.takes_levels else frozenset(method.needs)
 
 
 def task_of(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
@@ -153,6 +154,8 @@ def why_unseen(adapter: TorchModel, layer: Layer, calibration: Calibration) -> s
 
 def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration) -> str:
     """Why the solver that the recipe names cannot work on this weight; "" when it can."""
+    if row.weight is not None and row.weight.format.learned and not make_method(row.method).takes_levels:
+        return f"levels of {row.weight} are learned by rtn and gptq only"
     needs = needs_of(row)
     if not needs:
         return ""
@@ -162,6 +165,8 @@ def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration
         return "the steps of a recurrent layer, or experts, are not solved as part of a block"
     if "block" in needs and row.input is not None and row.input.outliers:
         return "a layer with outlier channels is not solved as part of a block"
+    if row.chosen and (short := _too_little(row.layer, calibration)):
+        return short
     grouped = any(adapter.input_groups(site) > 1 for site in row.layer.sites)
     if not grouped or "block" in needs:
         return ""
@@ -171,6 +176,14 @@ def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration
     if not isinstance(row.weight.granularity, PerChannel | PerGroup):
         return f"the groups of a convolution are solved on their own, and {row.weight} joins their rows"
     return ""
+
+
+def _too_little(layer: Layer, calibration: Calibration) -> str:
+    """Why a default should not go by the data: fewer vectors than inputs span a part of them, and fit that alone."""
+    seen = sum(calibration.observation.positions.get(site.path, 0) for site in layer.sites)
+    if seen >= layer.shape[1]:
+        return ""
+    return f"calibration has {seen} input vectors for its {layer.shape[1]} inputs"
 
 
 def solve_weight(
@@ -189,7 +202,7 @@ def solve_weight(
         fallback = why_not_method(adapter, row, calibration)
         if not fallback and "block" in needs_of(row):
             fallback = "it is in no block that was solved together"
-        rounded = bool(fallback) or not task.spec.format.scaled
+        rounded = bool(fallback) or task.spec.format.is_cast
         method = Rtn() if rounded else cast(WeightMethod, make_method(row.method))
         name = "rtn" if fallback else name
     try:
@@ -222,17 +235,18 @@ def _stacked(records: list[QuantizedTensor]) -> QuantizedTensor:
 
     codes = torch.cat([record.codes for record in records])
     scale, zero_point = joined([r.scale for r in records]), joined([r.zero_point for r in records])
-    return QuantizedTensor(codes, scale, zero_point, records[0].spec)
+    return QuantizedTensor(codes, scale, zero_point, records[0].spec, joined([r.levels for r in records]))
 
 
 def described(task: Task, solved: Solved, name: str, seconds: float, fallback: str = "") -> SolvedWeight:
     """A solved weight with what the report says of it."""
     sqnr = weight_sqnr_db(task.weight, solved.record)
-    if not task.spec.format.scaled:
+    if task.spec.format.is_cast:
         return SolvedWeight(solved.record, sqnr, "cast", seconds, fallback, solved.notes)
     plain = Rtn(range="absmax").quantize(task.weight, task.spec)
+    first = "rtn without data" if task.spec.format.learned else "rtn absmax"
     errors = (
-        StepError("rtn absmax", weight_sqnr_db(task.weight, plain), _output_error(task, plain)),
+        StepError(first, weight_sqnr_db(task.weight, plain), _output_error(task, plain)),
         StepError(name, sqnr, _output_error(task, solved.record)),
     )
     return SolvedWeight(solved.record, sqnr, f"{name}, {task.basis}", seconds, fallback, solved.notes, errors)

@@ -66,6 +66,12 @@ def prepare(
 
 
 def _refuse_untrainable(begun: Begun) -> None:
+    learned = [name for name, solved in begun.job.solved.items() if solved.record.levels is not None]
+    if learned:
+        raise ModelError(
+            f"layer {learned[0]!r} has learned levels, and these have no gradient here; give it a format with scales "
+            "such as 'int4/group32', 'nf4/group32', or 'keep'"
+        )
     for path, (built, _) in begun.job.modules.items():
         if type(built.module) not in TWINS:
             raise ModelError(

@@ -6,6 +6,7 @@ Why they are as they are:
   sentence encoder it takes 4.4 dB of error out of the embeddings and 1.5 dB out of the linear layers.
 - Dynamic inputs of linear layers have zero points (uint8/token): symmetric codes lose 5 dB on a sentence encoder, where
   one channel is far from zero on one side. Int4 kernels have a range per 32 channels, which does as much.
+- No rule names a solver: `defaults.py` chooses by bits and data.
 - Embeddings and output heads stay in int8 in the int4 presets: they are read by every token.
 - With integer activations convolutions keep int8 weights in `dynamic-int4`: 4-bit weights per channel, which is what
   an integer convolution can run, cost MobileNetV2 52 points of accuracy.

@@ -81,7 +81,8 @@ class Rule:
         role: "embedding", "head" or "tied" (one weight for both); "" matches every role.
         weight: format of the weight; None only with `keep`.
         input: treatment of the input; None leaves it float.
-        method: the weight solver and its options, e.g. {"rtn": {"range": "absmax"}}.
+        method: the weight solver and its options, e.g. {"rtn": {"range": "absmax"}}; empty leaves the choice to
+            `default_method`.
         train: how ranges are trained in quantization-aware training ("lsq", "lsq+", "ste", "pact"); no other use.
         keep: the reason to leave the layer as it is; "" quantizes it.
         optional: whether the rule may match nothing.
@@ -92,7 +93,7 @@ class Rule:
     role: str = ""
     weight: QuantSpec | None = None
     input: InputRule | None = None
-    method: Mapping[str, Any] = field(default_factory=lambda: {"rtn": {}})
+    method: Mapping[str, Any] = field(default_factory=dict)
     keep: str = ""
     optional: bool = False
     train: str = DEFAULT_TRAINING
@@ -133,7 +134,7 @@ class Rule:
             return cls(layers, texts["type"], texts["role"], keep=texts["keep"], optional=values.get("optional", False))
         return cls(
             layers, texts["type"], texts["role"], _weight_spec(values["weight"], where),
-            _input_rule(values.get("input"), where), _method(values.get("method", {"rtn": {}}), where),
+            _input_rule(values.get("input"), where), _method(values["method"], where) if "method" in values else {},
             optional=values.get("optional", False), train=_training(values.get("train", DEFAULT_TRAINING), where),
         )  # fmt: skip
 
@@ -142,7 +143,7 @@ class Rule:
         values: dict[str, Any] = {"layers": list(self.layers)} if self.layers else {}
         values |= {key: getattr(self, key) for key in ("type", "role", "keep") if getattr(self, key)}
         if self.weight is not None:
-            values |= {"weight": str(self.weight), "method": dict(self.method)}
+            values |= {"weight": str(self.weight)} | ({"method": dict(self.method)} if self.method else {})
         if self.input is not None:
             values["input"] = str(self.input)
         if self.train != DEFAULT_TRAINING:
@@ -164,7 +165,8 @@ class Recipe:
         rules: in order.
         name: for reports.
         fold_batchnorm: whether BatchNorm is folded into the convolution before it.
-        correct_bias: whether, with data, the mean error of each layer is taken out through its bias.
+        correct_bias: whether the mean error of each layer is taken out through its bias: as measured with data,
+            without as the BatchNorms before it tell.
         fuse: whether layers take in the operations that follow them: chains of static convolutions run as one network
             with 8-bit activations between them, linear layers apply the activation function behind them.
         sequential: whether each block of the model is quantized on what the quantized blocks before it give; "auto"

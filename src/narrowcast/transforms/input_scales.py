@@ -41,26 +41,27 @@ def with_headroom(low: Tensor, high: Tensor, walls: tuple[Tensor, Tensor]) -> tu
     return torch.where(walls[0], low, wider_low), torch.where(walls[1], high, wider_high)
 
 
-def channel_scales(low: Tensor, high: Tensor, balance: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every channel as uint8 codes.
+def channel_scales(low: Tensor, high: Tensor, balance: float, *, code_high: int = 255) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every channel as unsigned codes.
 
     Args:
         low:  [channels] smallest value, in input units.
         high: [channels] largest value; high >= low.
         balance: 0 (one scale for all) to 1 (each channel its own).
+        code_high: the largest code; the smallest is 0.
 
     Returns:
         scale:      [channels] float32 > 0.
         zero_point: [channels] uint8, the code of 0.0.
     """
     low, high = low.to(torch.float64).clamp(max=0), high.to(torch.float64).clamp(min=0)
-    widest = float(high.max() - low.min()) / 255
+    widest = float(high.max() - low.min()) / code_high
     if widest == 0:
         return torch.ones_like(low, dtype=torch.float32), torch.zeros_like(low, dtype=torch.uint8)
-    ratio = ((high - low) / 255 / widest).clamp(_SMALLEST_RATIO, 1.0) ** balance
+    ratio = ((high - low) / code_high / widest).clamp(_SMALLEST_RATIO, 1.0) ** balance
     scale = (widest * ratio).to(torch.float32).clamp(min=2.0**-100)
-    # each channel alone: its range is at most 255 of its steps, so its zero point need not be the others'
-    zero_point = (-low / scale).round().clamp(0, 255)
+    # each channel alone: its range is at most code_high of its steps, so its zero point need not be the others'
+    zero_point = (-low / scale).round().clamp(0, code_high)
     return scale, zero_point.to(torch.uint8)
 
 
