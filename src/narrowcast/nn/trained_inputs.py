@@ -80,9 +80,12 @@ def rounded(x: Tensor, how: Rounding, static: StaticRange | None) -> Tensor:
         return x.to(how.dtype).float()
     if how.mode == "static":
         assert static is not None
-        steps = (x.float() * _along(1.0 / static.scale, x, how)).round_()
-        zero = _along(static.zero, x, how)
-        return steps.clamp_(-zero, how.high - zero).mul_(static.largest)
+        values = torch.empty_like(x, dtype=torch.float32)
+        inverse, zero = _along(1.0 / static.scale, x, how), _along(static.zero, x, how)
+        (low, high), largest = _bounds(zero, how), static.largest.view(())
+        for part, target in zip(_pieces(x), _pieces(values), strict=True):
+            _clamp_(target.copy_(part).mul_(inverse).round_(), low, high).mul_(largest)
+        return values
     codes, scale, _ = _dynamic(x.float(), how)
     return codes.mul_(scale).view(x.shape)
 
@@ -133,35 +136,77 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, largest, scale, zero = ctx.saved_tensors
         how, needs = ctx.how, ctx.needs_input_grad
-        steps = inside = None
-        if how.mode == "static":
-            scaled = x.float() * _along(1.0 / scale, x, how)
-            nearest, shift = scaled.round(), _along(zero, x, how)
-            steps = nearest.clamp(-shift, how.high - shift)
-            inside = steps == nearest
-            values = (steps * largest).to(ctx.dtype)
-        elif how.mode in ("float", "cast"):
-            values = x.to(ctx.dtype)
-        else:
-            values = rounded(x, how, None).to(ctx.dtype)
-        wants_input = any(needs[index] for index in (0, 3, 5))
-        masks = [wants_input, needs[1], needs[2] and ctx.bias_dtype is not None]
+        static = None if how.mode != "static" else StaticRange(largest, scale, zero)
+        values = x.to(ctx.dtype) if how.mode in ("float", "cast") else rounded(x, how, static).to(ctx.dtype)
+        masks = [any(needs[index] for index in (0, 3, 5)), needs[1], needs[2] and ctx.bias_dtype is not None]
         of_x, of_weight, of_bias = _product_gradients(gradient.to(ctx.dtype), values, weight, ctx.conv, masks)
+        del values
         of_weight = None if of_weight is None else of_weight.float()
         of_bias = None if of_bias is None else of_bias.to(ctx.bias_dtype)
         of_largest = of_zero = None
-        if steps is not None and inside is not None and of_x is not None:
+        if static is not None and of_x is not None:
             of_x = of_x.float()
-            passed = of_x * inside
-            if needs[3]:
-                clipped = torch.dot((of_x - passed).flatten(), steps.flatten())
-                total = clipped if how.clips else clipped + torch.dot(passed.flatten(), (steps - scaled).flatten())
-                of_largest = total.view(1)
-            if needs[5]:
-                of_zero = -((of_x - passed).sum() * largest).expand_as(zero)
-            of_x = passed if scale.numel() == 1 else passed * _along(largest / scale, x, how)
+            of_largest, of_zero = _clip_(of_x, x, how, static)
         of_x = of_x.to(x.dtype) if of_x is not None and needs[0] else None
         return of_x, of_weight, of_bias, of_largest, None, of_zero, None, None, None
+
+
+def _clip_(gradient: Tensor, x: Tensor, how: Rounding, static: StaticRange) -> tuple[Tensor, Tensor]:
+    """From the gradient of a rounded static input to that of the input, in place; returns those of scale and zero.
+
+    Args:
+        gradient: like `x`, float32; overwritten.
+        x: the input.
+        how: how it is rounded.
+        static: its range.
+    """
+    inverse, zero = _along(1.0 / static.scale, x, how), _along(static.zero, x, how)
+    low, high = _bounds(zero, how)
+    total, clipped = gradient.new_zeros(()), gradient.new_zeros(())
+    for part, values in zip(_pieces(gradient), _pieces(x), strict=True):
+        scaled = values.float() * inverse
+        nearest = scaled.round()
+        steps = _clamp_(nearest.clone(), low, high)
+        total += _dot(part, steps)
+        clipped += part.sum()
+        part.mul_(nearest.eq_(steps))
+        total -= _dot(part, steps if how.clips else scaled)
+        clipped -= part.sum()
+    if static.scale.numel() > 1:
+        gradient.mul_(_along(static.largest / static.scale, x, how))
+    return total.view(1), -(clipped * static.largest).expand_as(static.zero)
+
+
+# Elementwise passes over one piece after another find it in the cache: 128 Ki values are 512 KiB of float32.
+_PIECE = 1 << 17
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts of a tensor along its first dimension; all of it for a compiler, which fuses passes itself."""
+    if torch.compiler.is_compiling() or x.numel() <= _PIECE or x.dim() < 2:
+        return (x,)
+    return x.split(max(1, _PIECE * x.shape[0] // x.numel()))
+
+
+def _bounds(zero: Tensor, how: Rounding) -> tuple[Any, Any]:
+    """Smallest and largest code minus zero point; numbers where they are one and may be read, which clamp faster."""
+    if zero.numel() > 1 or torch.compiler.is_compiling() or zero.device.type != "cpu":
+        return -zero, how.high - zero
+    return -float(zero), how.high - float(zero)
+
+
+def _clamp_(values: Tensor, low: Any, high: Any) -> Tensor:
+    """Clamped in place; by two operations where the bounds are one per channel, which torch's clamp is slow for."""
+    if isinstance(low, Tensor):
+        return torch.minimum(torch.maximum(values, low, out=values), high, out=values)
+    return values.clamp_(low, high)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of products, in the order in which both lie in memory where that is one."""
+    if one.stride() == other.stride() and one.is_contiguous(memory_format=torch.channels_last) and one.dim() == 4:
+        one, other = one.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)
+    return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
 def _product_gradients(
