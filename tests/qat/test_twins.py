@@ -158,7 +158,7 @@ def test_convolutions_get_torchs_own_gradients_of_the_rounded_product() -> None:
 
 def test_a_step_of_sgd_moves_the_scale_as_lsq_does() -> None:
     x = noise(16, 12)
-    twin = twin_of(nn.Linear(12, 5), x, "int4/channel", None).train()
+    twin = twin_of(nn.Linear(12, 5), x, "int4/tensor", None).train()
     part = twin.weight_range()
     twin(x).square().mean().backward()
     before, moved = part.start_scale, part.factor.grad * part.start_scale
@@ -167,7 +167,19 @@ def test_a_step_of_sgd_moves_the_scale_as_lsq_does() -> None:
     steps = matrix / learned
     nearest = (steps + (steps.round() - steps).detach()).clamp(-7, 7) * learned
     functional.linear(x, nearest, twin.bias.detach()).square().mean().backward()
-    torch.testing.assert_close(moved, learned.grad / (12 * 7) ** 0.5, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(moved, learned.grad / (60 * 7) ** 0.5, rtol=1e-3, atol=1e-5)
+
+
+def test_small_channels_and_small_gammas_change_their_scale_no_faster_than_others() -> None:
+    torch.manual_seed(0)
+    x, layer, norm = noise(16, 3, 6, 6), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    layer.weight.data[0] *= 1e-3
+    norm.weight.data[1] = 1e-4
+    rules = {"rule": [{"weight": "int4/channel", "method": "rtn"}]}
+    made: Any = nc.qat.prepare(nn.Sequential(layer, norm).eval(), rules, [x], progress=False)
+    made(x).square().sum().backward()
+    moves = made[0].weight_range().factor.grad.abs().flatten()
+    assert float(moves[:2].max()) < 5 * float(moves[2:].max())
 
 
 def test_weights_outside_of_their_range_are_left_alone_and_those_inside_move() -> None:

@@ -1,9 +1,11 @@
 """Ranges in training: those of a weight's blocks, and the one of a static input.
 
-A learned scale is `stored(start * factor)` with a factor that starts at 1 and is the parameter. The gradient of the
-factor is LSQ's of the scale, d loss / d scale / sqrt(elements * code_high), divided by `start`: a step of SGD then
-moves the scale as it would if the scale itself were the parameter, and Adam, whose steps do not depend on the size of
-gradients, moves every scale by the same share.
+A learned scale is `stored(start * factor)` with a factor that starts at 1 and is the parameter. Its gradient is LSQ's,
+d loss / d factor / sqrt(elements * code_high), divided by unit^2. With unit = start, which it is for one scale per
+tensor, a step of SGD moves the scale as if the scale itself were the parameter; Adam, whose steps do not depend on the
+size of gradients, moves every scale by the same share. Where a tensor has many scales, unit is at least their root mean
+square, in units of the weight before BatchNorm and input scales are taken in: with unit = start a channel with small
+weights, or with a small gamma, changes its scale tenfold in one step in which its weights hardly move.
 
 Source:
     LSQ: Esser et al. 2019, arXiv:1902.08153, section 2.2 (gradient scale). Differs: the factor is the parameter; the
@@ -140,11 +142,16 @@ class WeightRange(Range):
         start: the weight as post-training quantization left it, in a format with scales.
         weight: [rows, columns] float32, the weight at the start.
         training: how it is trained.
+        before: [rows, columns] the parameter that the weight is made of by factors of rows and columns; None for itself.
     """
 
     start_span: Tensor | None
 
-    def __init__(self, start: QuantizedTensor, weight: Tensor, training: Training) -> None:
+    unit: Tensor
+
+    def __init__(
+        self, start: QuantizedTensor, weight: Tensor, training: Training, before: Tensor | None = None
+    ) -> None:
         assert start.scale is not None
         learns, shape = training.weights == "learned", tuple(start.scale.shape)
         super().__init__(start.scale, start.zero_point, learns=learns, shifts=training.offsets and learns, shared=shape)
@@ -153,6 +160,9 @@ class WeightRange(Range):
         elements = to_blocks(weight[:1, :1].expand(self.shape), start.spec.granularity).shape[-1]
         self.gradient_scale = 1 / math.sqrt(elements * max(start.spec.code_high, 1))
         self._followed: Tensor | None = None
+        made = 1.0 if before is None else _size(before, start.spec) / _size(weight, start.spec)
+        unit = start.scale * made
+        self.register_buffer("unit", torch.maximum(unit, unit.square().mean().sqrt()))
 
     def quantized(self, weight: Tensor) -> Tensor:
         """The values that the codes of a weight [rows, columns] stand for, float32, differentiable."""
@@ -190,9 +200,9 @@ class WeightRange(Range):
         factor = self.parameter("factor")
         assert factor is not None
         scale: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
-            factor, self.start_scale, self.spec, self.gradient_scale
+            factor, self.start_scale, self.unit, self.spec, self.gradient_scale
         )
-        return scale, _shifted(self, self.spec, self.spec.code_low, self.spec.zero_high, self.gradient_scale)
+        return scale, _shifted(self, self.unit, self.spec, self.spec.code_low, self.spec.zero_high, self.gradient_scale)
 
     def _follow(self, weight: Tensor) -> Tensor:
         if self.frozen and self._followed is not None:
@@ -246,10 +256,9 @@ class InputRange(Range):
         if factor is None:
             return self.start_scale.max().view(1), self.start_scale, self.start_zero
         scale = self.start_scale * factor.detach().clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
-        largest: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
-            factor, self.start_scale.max().view(1), None, size
-        )
-        zero = _shifted(self, self.spec, 0, high, size)
+        top = self.start_scale.max().view(1)
+        largest: Tensor = _Scaled.apply(factor, top, top, None, size)  # type: ignore[no-untyped-call]
+        zero = _shifted(self, top, self.spec, 0, high, size)
         assert zero is not None
         return largest, scale, zero
 
@@ -310,12 +319,18 @@ def _span(weight: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(span > 0, span, 1.0)
 
 
-def _shifted(part: Range, spec: QuantSpec, low: float, high: float, size: float) -> Tensor | None:
+def _size(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """[block_rows, block_columns] norm of every block; 1 where it is all zero."""
+    size = to_blocks(weight, spec.granularity).norm(dim=-1)
+    return torch.where(size > 0, size, 1.0)
+
+
+def _shifted(part: Range, unit: Tensor, spec: QuantSpec, low: float, high: float, size: float) -> Tensor | None:
     """The zero points in use, as the format holds them."""
     shift = part.parameter("shift")
     if shift is None or part.start_zero is None:
         return part.start_zero
-    step: Tensor = _Sized.apply(shift, part.start_scale, size)  # type: ignore[no-untyped-call]
+    step: Tensor = _Sized.apply(shift, unit, size)  # type: ignore[no-untyped-call]
     return through((part.start_zero + step).clamp(low, high), spec, zero=True)
 
 
@@ -323,31 +338,31 @@ class _Scaled(torch.autograd.Function):
     """start * factor in its stored format; the gradient is sized as the module's docstring says."""
 
     @staticmethod
-    def forward(ctx: Any, factor: Tensor, start: Tensor, spec: QuantSpec | None, size: float) -> Tensor:
-        ctx.save_for_backward(start)
+    def forward(ctx: Any, factor: Tensor, start: Tensor, unit: Tensor, spec: QuantSpec | None, size: float) -> Tensor:
+        ctx.save_for_backward(start, unit)
         ctx.size = size
         scale = start * factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         return scale if spec is None else nearest_scale(scale, spec)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (start,) = ctx.saved_tensors
-        return gradients[0] * ctx.size / start, None, None, None
+        start, unit = ctx.saved_tensors
+        return gradients[0] * ctx.size * (start / unit) / unit, None, None, None, None
 
 
 class _Sized(torch.autograd.Function):
     """The shift itself; its gradient is sized so that a step of SGD moves scale * zero point as LSQ+ moves it."""
 
     @staticmethod
-    def forward(ctx: Any, shift: Tensor, start: Tensor, size: float) -> Tensor:
-        ctx.save_for_backward(start)
+    def forward(ctx: Any, shift: Tensor, unit: Tensor, size: float) -> Tensor:
+        ctx.save_for_backward(unit)
         ctx.size = size
         return shift.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (start,) = ctx.saved_tensors
-        return gradients[0] * ctx.size / start.square(), None, None
+        (unit,) = ctx.saved_tensors
+        return gradients[0] * ctx.size / unit / unit, None, None
 
 
 class _Held(torch.autograd.Function):

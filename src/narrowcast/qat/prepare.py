@@ -139,7 +139,7 @@ class _Builder:
             range_ = WeightCast(record)
         else:
             matrix = start_inside_cells(matrix, factor, record)
-            range_ = WeightRange(record, matrix * factor, TRAINING[row.train])
+            range_ = WeightRange(record, matrix * factor, TRAINING[row.train], matrix)
         start = kind.restore(module, parameter, matrix) if keeps_layout else matrix
         return nn.Parameter(start.contiguous().clone()), range_
 
