@@ -4,9 +4,9 @@
     python -m benchmarks.qat --cells W4A4:lsq:0 speed    some of them; results of others are kept
     python -m benchmarks.qat --quick                     a few steps of each, into build/benchmarks
 
-A cell is FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the score is
-that of the converted integer model on the 5000 test images. Nothing was chosen by that score: the settings are those of
-SETTINGS for every cell. `ptq` is `nc.quantize` with the same recipe, which is also what training starts from.
+A cell is FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the score
+is that of the converted integer model on the 5000 test images. Nothing was chosen by that score: the settings are those
+of SETTINGS for every cell. `ptq` is `nc.quantize` with the same recipe, which is also what training starts from.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
 }
 METHODS = ("ptq", "lsq", "ste")
 SETTINGS = {
-    "epochs": 10, "batch": 128, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine",
+    "epochs": 5, "batch": 128, "lr": 0.01, "range_lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine",
     "temperature": 2.0, "batchnorm_frozen_from": 0.7, "augmentation": "shift by up to 4 pixels, mirror",
 }  # fmt: skip
 SEEDS = 3
@@ -82,7 +82,8 @@ def train_(model: nn.Module, seed: int, epochs: float) -> None:
     teacher, generator = KIT.build(), torch.Generator().manual_seed(seed)
     per_epoch = math.ceil(len(images) / SETTINGS["batch"])
     steps, done = max(1, round(epochs * per_epoch)), 0
-    groups = nc.qat.parameter_groups(model, weight_decay=float(SETTINGS["weight_decay"]))
+    rates = {name: float(SETTINGS[name]) for name in ("lr", "range_lr", "weight_decay")}
+    groups = nc.qat.parameter_groups(model, **rates)
     optimizer = torch.optim.SGD(groups, lr=float(SETTINGS["lr"]), momentum=float(SETTINGS["momentum"]), nesterov=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"] * steps))
@@ -173,9 +174,9 @@ def page(document: dict[str, Any]) -> str:
             )  # fmt: skip
     header = ("format", "method", "seeds", "epochs", "top-1 %", "spread", "against float32", "95 % +-", "seconds")
     sections = [
-        f"`python -m benchmarks.qat`. Converted integer models on 5000 test images; float32 has {float32}. Trained on 5000 "
-        f"images by distillation, settings {json.dumps(document['settings'])}. `spread` is the standard deviation over "
-        "seeds, `+-` the interval of one score from the number of images.",
+        f"`python -m benchmarks.qat`. Converted integer models on 5000 test images; float32 has {float32}. Trained on "
+        f"5000 images by distillation, settings {json.dumps(document['settings'])}. `spread` is the standard deviation "
+        "over seeds, `+-` the interval of one score from the number of images.",
         results_io.table(header, rows),
     ]
     if document.get("speed"):

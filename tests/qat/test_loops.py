@@ -130,7 +130,7 @@ def test_live_statistics_train_as_a_batchnorm_behind_the_convolution_does() -> N
 def test_frozen_ranges_stay_whatever_the_optimizer_does_and_through_a_state_dict(train: str) -> None:
     model, x = prepared("cnn", "int4/channel", STATIC, train=train)
     train_(model, x, steps=3)
-    nc.qat.FreezeSchedule(ranges=0).apply(model, 0)
+    nc.qat.FreezeSchedule(batchnorm=0, ranges=0).apply(model, 0)
 
     def scales(of: nn.Module) -> dict[str, Tensor]:
         twins = {path: m for path, m in of.named_modules() if isinstance(m, TrainedConv)}
@@ -138,6 +138,8 @@ def test_frozen_ranges_stay_whatever_the_optimizer_does_and_through_a_state_dict
             f"{path} input": twin.activation().scale for path, twin in twins.items()
         }
 
+    for parameter in [p for name, p in model.named_parameters() if "norm" in name]:
+        parameter.requires_grad_(False)  # scales of rows follow gamma
     held = scales(model)
     train_(model, x, steps=3)
     assert all(torch.equal(held[name], scale) for name, scale in scales(model).items())
@@ -145,8 +147,21 @@ def test_frozen_ranges_stay_whatever_the_optimizer_does_and_through_a_state_dict
     assert all(part.factor.grad is not None and not part.factor.grad.any() for part in parts), "zero, not missing"
     again, _ = prepared("cnn", "int4/channel", STATIC, train=train)
     again.load_state_dict(model.state_dict())
+    for parameter in [p for name, p in again.named_parameters() if "norm" in name]:
+        parameter.requires_grad_(False)
     train_(again, x, steps=2)
     assert train == "ste" or all(torch.equal(held[name], scale) for name, scale in scales(again).items())
+
+
+def test_scales_of_rows_follow_the_batchnorm_behind() -> None:
+    model, _ = prepared(*CNN)
+    stem = model.stem[0]
+    before = stem.records()["weight"]
+    stem.norm.running_var.mul_(9.0)
+    stem.norm.eps = 0.0
+    after = stem.records()["weight"]
+    assert torch.equal(before.codes, after.codes)
+    torch.testing.assert_close(after.scale, before.scale / 3, rtol=1e-4, atol=0)
 
 
 def test_weights_that_are_followed_keep_their_largest_code() -> None:

@@ -36,11 +36,13 @@ class WeightCast(nn.Module):
         super().__init__()
         self.spec, self.shape = start.spec, start.shape
 
-    def quantized(self, weight: Tensor) -> Tensor:
+    by_rows = False
+
+    def quantized(self, weight: Tensor, grown: Tensor | None = None) -> Tensor:
         """The weight as the format holds it, float32."""
         return weight + (weight.detach().to(self.spec.format.storage).float() - weight.detach())
 
-    def record(self, weight: Tensor) -> QuantizedTensor:
+    def record(self, weight: Tensor, grown: Tensor | None = None) -> QuantizedTensor:
         """See `WeightRange.record`."""
         return QuantizedTensor(self.spec.format.encode(weight.detach()), None, None, self.spec)
 
@@ -95,6 +97,10 @@ class TrainedModule(nn.Module):
     def matrix(self, name: str) -> Tensor:
         """The weight as it is quantized, [out, in * kernel] float32: input scales and BatchNorm taken in."""
 
+    def grown(self) -> Tensor | None:
+        """[out, 1] what has multiplied the rows of the weight since the start besides training; None for 1."""
+        return None
+
     @abstractmethod
     def build(self) -> QuantizedModule:
         """The quantized module that this twin stands for now, with tensors of its own."""
@@ -126,7 +132,7 @@ class TrainedModule(nn.Module):
         if isinstance(part, WeightRange):
             finite_range(part, f"layer {self.path!r}")
         try:
-            return part.record(matrix)
+            return part.record(matrix, self.grown())
         except FormatError as error:
             raise scale_error(f"layer {self.path!r}", error) from None
 

@@ -3,6 +3,7 @@
 The weight is kept as it is before folding. What is rounded is what will be stored, W * gamma / sqrt(variance + eps)
 with the running variance. While the BatchNorm's statistics are those of each batch, the rounded weight is divided by
 that factor again and the BatchNorm does its work behind; once they are frozen, weight and bias are the folded ones.
+Scales of rows follow the factor of their row: the variance that it is made of moves with the first quantized batches.
 
 Source:
     Jacob et al. 2018, arXiv:1712.05877, section 3.2; Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2 (corrected
@@ -42,6 +43,7 @@ class TrainedConv(TrainedModule):
     twin_of = QuantizedConv
     bias: nn.Parameter | None
     norm: Any
+    start_factor: Tensor
 
     def __init__(
         self, path: str, quantized: QuantizedConv, training: Training, ranges: dict[str, AnyRange],
@@ -54,11 +56,20 @@ class TrainedConv(TrainedModule):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone().float())
         self.norm = norm
         self.norm_frozen = False
+        factor = self._factor()
+        self.register_buffer("start_factor", None if factor is None else factor.detach().clone())
         self._rounding = self.rounding(1)
 
     def matrix(self, name: str) -> Tensor:
         """See `TrainedModule`."""
         return self._folded(self._factor())
+
+    def grown(self) -> Tensor | None:
+        """See `TrainedModule`: how BatchNorm's factor has changed, which moves with every batch's variance."""
+        factor = self._factor()
+        if factor is None or not self.weight_range().by_rows:
+            return None
+        return (factor.detach() / self.start_factor).abs()
 
     def build(self) -> QuantizedConv:
         """See `TrainedModule`."""
@@ -90,7 +101,7 @@ class TrainedConv(TrainedModule):
         live = self.norm is not None and not self.norm_frozen
         factor = self._factor()
         factor = factor.detach() if live and factor is not None else factor
-        weight = self.weight_range().quantized(self._folded(factor))
+        weight = self.weight_range().quantized(self._folded(factor), self.grown())
         if live and factor is not None:
             weight = weight / factor
         bias = self.bias if live else self._folded_bias()

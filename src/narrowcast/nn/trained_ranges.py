@@ -4,8 +4,8 @@ A learned scale is `stored(start * factor)` with a factor that starts at 1 and i
 d loss / d factor / sqrt(elements * code_high), divided by unit^2. With unit = start, which it is for one scale per
 tensor, a step of SGD moves the scale as if the scale itself were the parameter; Adam, whose steps do not depend on the
 size of gradients, moves every scale by the same share. Where a tensor has many scales, unit is at least their root mean
-square, in units of the weight before BatchNorm and input scales are taken in: with unit = start a channel with small
-weights, or with a small gamma, changes its scale tenfold in one step in which its weights hardly move.
+square, and the larger of what it is before and after BatchNorm and input scales are taken in: with unit = start a
+channel with small weights or a small gamma changes its scale tenfold in one step in which its weights hardly move.
 
 Source:
     LSQ: Esser et al. 2019, arXiv:1902.08153, section 2.2 (gradient scale). Differs: the factor is the parameter; the
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.core import (
+    PerChannel,
+    PerGroup,
     QuantizedTensor,
     QuantSpec,
     fake_quantize,
@@ -40,6 +42,9 @@ from narrowcast.nn.training import Training
 
 # A range may shrink or grow this far from where it started; a factor beyond has lost its block.
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 64, 64.0
+# No gradient of a factor is larger: typical ones are 0.01 to 0.3, and one clipped weight of an 8-bit channel gives 40,
+# upon which SGD throws the scale to and fro by its own size.
+_STEEPEST = 1.0
 
 
 class Range(nn.Module):
@@ -161,21 +166,32 @@ class WeightRange(Range):
         self.gradient_scale = 1 / math.sqrt(elements * max(start.spec.code_high, 1))
         self._followed: Tensor | None = None
         made = 1.0 if before is None else _size(before, start.spec) / _size(weight, start.spec)
-        unit = start.scale * made
+        unit = torch.maximum(start.scale, start.scale * made)
         self.register_buffer("unit", torch.maximum(unit, unit.square().mean().sqrt()))
 
-    def quantized(self, weight: Tensor) -> Tensor:
-        """The values that the codes of a weight [rows, columns] stand for, float32, differentiable."""
-        return fake_quantize(weight, *self._range(weight), self.spec)
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row has scales of its own, which may follow a factor of that row."""
+        return isinstance(self.spec.granularity, PerChannel | PerGroup)
 
-    def record(self, weight: Tensor) -> QuantizedTensor:
+    def quantized(self, weight: Tensor, grown: Tensor | None = None) -> Tensor:
+        """The values that the codes of a weight [rows, columns] stand for, float32, differentiable.
+
+        Args:
+            weight: [rows, columns] float32.
+            grown: [rows, 1] what has multiplied every row of the weight since the start besides training, so that its
+                scales grow with it; None for 1.
+        """
+        return fake_quantize(weight, *self._range(weight, grown), self.spec)
+
+    def record(self, weight: Tensor, grown: Tensor | None = None) -> QuantizedTensor:
         """The codes and ranges whose values `quantized` gives, bit for bit.
 
         Raises:
             FormatError: a scale does not fit its format.
         """
         with torch.no_grad():
-            scale, zero = self._range(weight)
+            scale, zero = self._range(weight, grown)
             round_scale(scale, self.spec)
             zero_point = None if zero is None else round_zero_point(zero, self.spec)
             codes = quantize_blocks(to_blocks(weight, self.spec.granularity), self.spec, scale, zero_point)
@@ -194,25 +210,32 @@ class WeightRange(Range):
         its_zero = None if zero is None else nn.functional.embedding(index, zero, padding)
         return fake_quantize(chosen, its_scale, its_zero, self.spec)
 
-    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _range(self, weight: Tensor, grown: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if self.start_span is not None:
-            return self._follow(weight), self.start_zero
+            return self._follow(weight, grown), self.start_zero
         factor = self.parameter("factor")
         assert factor is not None
         scale: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
-            factor, self.start_scale, self.unit, self.spec, self.gradient_scale
+            factor,
+            self.start_scale if grown is None else self.start_scale * grown,
+            self.unit,
+            self.spec,
+            self.gradient_scale,
         )
         return scale, _shifted(self, self.unit, self.spec, self.spec.code_low, self.spec.zero_high, self.gradient_scale)
 
-    def _follow(self, weight: Tensor) -> Tensor:
-        if self.frozen and self._followed is not None:
-            return self._followed
+    def _follow(self, weight: Tensor, grown: Tensor | None) -> Tensor:
+        """Scales that follow the largest weight of each block; frozen ones follow what the rows have grown by alone."""
         assert self.start_span is not None
-        share = (_span(weight.detach(), self.spec) / self.start_span).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
-        scale = nearest_scale(self.start_scale * share, self.spec)
+        part = 1.0 if grown is None else grown
+        if self.frozen and self._followed is not None:
+            share = self._followed
+        else:
+            span = _span(weight.detach(), self.spec) / (self.start_span * part)
+            share = span.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         if self.frozen:
-            self._followed = scale
-        return scale
+            self._followed = share
+        return nearest_scale(self.start_scale * share * part, self.spec)
 
     def _hold_(self) -> None:
         super()._hold_()
@@ -347,7 +370,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         start, unit = ctx.saved_tensors
-        return gradients[0] * ctx.size * (start / unit) / unit, None, None, None, None
+        balanced = gradients[0] * ctx.size * (start / unit) / unit
+        return balanced.clamp(-_STEEPEST, _STEEPEST), None, None, None, None
 
 
 class _Sized(torch.autograd.Function):

@@ -27,7 +27,8 @@ class FreezeSchedule:
 
     Args:
         batchnorm: from this count on, BatchNorms inside of convolutions keep their statistics; None never.
-        ranges: from this count on, scales and zero points of weights and static inputs stay; None never.
+        ranges: from this count on, scales and zero points of weights and static inputs stay; None never. Scales of
+            weights still follow BatchNorms that are not frozen, as the weights do.
     """
 
     batchnorm: int | None = None
