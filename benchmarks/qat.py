@@ -42,8 +42,9 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
 }
 METHODS = ("ptq", "lsq", "ste")
 SETTINGS = {
-    "epochs": 5, "batch": 128, "lr": 0.01, "range_lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine",
-    "temperature": 2.0, "batchnorm_frozen_from": 0.7, "augmentation": "shift by up to 4 pixels, mirror",
+    "epochs": 5, "batch": 128, "lr": 0.01, "range_lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
+    "schedule": "cosine", "temperature": 2.0, "batchnorm_frozen_from": 0.7,
+    "augmentation": "shift by up to 4 pixels, mirror",
 }  # fmt: skip
 SEEDS = 3
 

@@ -147,7 +147,7 @@ class WeightRange(Range):
         start: the weight as post-training quantization left it, in a format with scales.
         weight: [rows, columns] float32, the weight at the start.
         training: how it is trained.
-        before: [rows, columns] the parameter that the weight is made of by factors of rows and columns; None for itself.
+        before: [rows, columns] what the weight is made of by factors of rows and columns; None for itself.
     """
 
     start_span: Tensor | None
@@ -280,7 +280,7 @@ class InputRange(Range):
             return self.start_scale.max().view(1), self.start_scale, self.start_zero
         scale = self.start_scale * factor.detach().clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         top = self.start_scale.max().view(1)
-        largest: Tensor = _Scaled.apply(factor, top, top, None, size)  # type: ignore[no-untyped-call]
+        largest: Tensor = _Scaled.apply(factor, top, None, None, size)  # type: ignore[no-untyped-call]
         zero = _shifted(self, top, self.spec, 0, high, size)
         assert zero is not None
         return largest, scale, zero
@@ -361,7 +361,9 @@ class _Scaled(torch.autograd.Function):
     """start * factor in its stored format; the gradient is sized as the module's docstring says."""
 
     @staticmethod
-    def forward(ctx: Any, factor: Tensor, start: Tensor, unit: Tensor, spec: QuantSpec | None, size: float) -> Tensor:
+    def forward(
+        ctx: Any, factor: Tensor, start: Tensor, unit: Tensor | None, spec: QuantSpec | None, size: float
+    ) -> Tensor:
         ctx.save_for_backward(start, unit)
         ctx.size = size
         scale = start * factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
@@ -370,6 +372,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         start, unit = ctx.saved_tensors
+        unit = start if unit is None else unit
         balanced = gradients[0] * ctx.size * (start / unit) / unit
         return balanced.clamp(-_STEEPEST, _STEEPEST), None, None, None, None
 
