@@ -64,8 +64,12 @@ def training_images() -> tuple[Tensor, Tensor]:
 
 
 def batches(images: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(augmented images, their indices) of one epoch."""
-    for index in torch.randperm(len(images), generator=generator).split(size):
+    """(augmented images, their indices) of one epoch; a last batch that is not full is left out.
+
+    Eight images are too few for the statistics of a BatchNorm.
+    """
+    whole = len(images) // size * size
+    for index in torch.randperm(len(images), generator=generator)[:whole].split(size):
         chosen = F.pad(images[index], (4, 4, 4, 4))
         shifts = torch.randint(0, 9, (len(index), 2), generator=generator).tolist()
         mirrored = torch.rand(len(index), generator=generator) < 0.5
@@ -84,7 +88,7 @@ def train_(model: nn.Module, seed: int, epochs: float, lr: float) -> None:
     """
     images, _ = training_images()
     teacher, generator = KIT.build(), torch.Generator().manual_seed(seed)
-    per_epoch = math.ceil(len(images) / SETTINGS["batch"])
+    per_epoch = len(images) // SETTINGS["batch"]
     steps, done = max(1, round(epochs * per_epoch)), 0
     groups = nc.qat.parameter_groups(model, weight_decay=SETTINGS["weight_decay"])
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=SETTINGS["momentum"], nesterov=True)

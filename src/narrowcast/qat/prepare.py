@@ -16,8 +16,9 @@ from narrowcast.models.torch_model import WAS_TRAINING
 from narrowcast.nn import FLOAT, TRAINING, ConvShape, QuantizedModule, Training
 from narrowcast.nn.trained import AnyRange, TrainedModule, WeightCast
 from narrowcast.nn.trained_conv import TrainedConv
-from narrowcast.nn.trained_ranges import InputRange, WeightRange, start_inside_cells
+from narrowcast.nn.trained_ranges import InputRange, WeightRange
 from narrowcast.nn.trained_recurrent import TrainedRecurrent
+from narrowcast.nn.trained_start import start_inside_cells
 from narrowcast.nn.twins import TWINS
 from narrowcast.pipeline.run import Begun, solve_model
 from narrowcast.pipeline.shared_ranges import SharedRanges
