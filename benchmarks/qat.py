@@ -45,7 +45,9 @@ SETTINGS: dict[str, Any] = {
     "epochs": 5, "batch": 128, "momentum": 0.9, "weight_decay": 1e-4,
     # of weights and ranges: ten times less where training starts within a point of float32
     "lr": {"W8A8": 0.001, "W4A4": 0.001, "W2A4": 0.01},
-    "schedule": "cosine", "temperature": 2.0, "batchnorm_frozen_from": 0.7,
+    "schedule": "cosine", "temperature": 2.0,
+    # as a share of the steps; where training starts within a point of float32, statistics of batches only disturb it
+    "batchnorm_frozen_from": {"W8A8": 0.0, "W4A4": 0.0, "W2A4": 0.7},
     "augmentation": "shift by up to 4 pixels, mirror",
 }  # fmt: skip
 SEEDS = 3
@@ -77,23 +79,23 @@ def batches(images: Tensor, size: int, generator: torch.Generator) -> Iterator[t
         yield torch.where(mirrored[:, None, None, None], cut.flip(3), cut), index
 
 
-def train_(model: nn.Module, seed: int, epochs: float, lr: float) -> None:
+def train_(model: nn.Module, name: str, seed: int, epochs: float) -> None:
     """Distillation from the float model; changes `model`.
 
     Args:
         model: prepared.
+        name: of its format.
         seed: of order and augmentation.
         epochs: how long; below 1 a part of an epoch.
-        lr: learning rate at the start.
     """
     images, _ = training_images()
     teacher, generator = KIT.build(), torch.Generator().manual_seed(seed)
     per_epoch = len(images) // SETTINGS["batch"]
     steps, done = max(1, round(epochs * per_epoch)), 0
     groups = nc.qat.parameter_groups(model, weight_decay=SETTINGS["weight_decay"])
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=SETTINGS["momentum"], nesterov=True)
+    optimizer = torch.optim.SGD(groups, lr=SETTINGS["lr"][name], momentum=SETTINGS["momentum"], nesterov=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"] * steps))
+    freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"][name] * steps))
     while done < steps:
         for x, _ in batches(images, SETTINGS["batch"], generator):
             freeze.apply(model.train(), done)
@@ -119,7 +121,7 @@ def cell(name: str, method: str, seed: int, epochs: float) -> dict[str, Any]:
         result = nc.quantize(KIT.build(), recipe(name, method), KIT.calibration(), progress=False)
     else:
         model = nc.qat.prepare(KIT.build(), recipe(name, method), KIT.calibration(), progress=False)
-        train_(model, seed, epochs, SETTINGS["lr"][name])
+        train_(model, name, seed, epochs)
         result = nc.qat.convert(model, strict=True)
     seconds = time.perf_counter() - started
     scores = KIT.evaluate(result.model, "all")

@@ -87,6 +87,9 @@ def test_the_report_says_how_each_layer_was_trained() -> None:
     assert {row.method for row in rows} == {"trained, lsq+"}
     assert all("4 training passes" in row.notes for row in rows)  # one of them to learn the shape of the output
     assert all(row.weight_sqnr_db is not None for row in rows)
+    scale, zero = model.head.activation().scale, model.head.activation().zero_point.float()
+    ends = f"[{float(-zero * scale):.4g}, {float((255 - zero) * scale):.4g}]"
+    assert next(row.input for row in rows if row.layer == "head") == f"uint8/tensor {ends}"
     assert not any("training mode" in note for note in report.notes)
 
 

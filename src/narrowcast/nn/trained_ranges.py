@@ -111,11 +111,11 @@ class Range(nn.Module):
     def _restore_(self) -> None:
         with torch.no_grad():
             for name, value in self._held.items():
-                getattr(self, name).copy_(value)
+                _write_(getattr(self, name), value)
 
     def _hold_(self) -> None:
         pairs = ((name, getattr(self, name)) for name in ("factor", "shift"))
-        self._held = {name: p.detach().clone() for name, p in pairs if p is not None} if self.frozen else {}
+        self._held = {name: _whole(p).clone() for name, p in pairs if p is not None} if self.frozen else {}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._restore_()
@@ -304,6 +304,21 @@ def finite_range(part: Range, where: str) -> None:
 def scale_error(where: str, error: FormatError) -> ModelError:
     """A scale that outgrew its format, as an error that names the layer."""
     return ModelError(f"{where}: training made its range too large ({error}); lower the learning rate of the ranges")
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter without its graph; one that is sharded over processes (FSDP) is gathered."""
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[no-any-return]
+
+
+def _write_(parameter: Any, value: Tensor) -> None:
+    """Write a whole value into a parameter that may be sharded."""
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def _span(weight: Tensor, spec: QuantSpec) -> Tensor:

@@ -40,11 +40,16 @@ def convert(model: nn.Module, *, strict: bool = False) -> Quantized:
     started = time.perf_counter()
     inner = unwrapped(model)
     prepared = prepared_of(inner)
+    if any(hasattr(p, "full_tensor") for p in inner.parameters()):
+        raise ModelError(
+            "the model's parameters are sharded over processes; gather them (get_model_state_dict with "
+            "full_state_dict=True), load them into a model prepared anew with the same recipe, and convert that"
+        )
     steps = {path: int(twin.steps) for path, twin in twins_of(inner)}
     idle = {path for path, twin in twins_of(inner) if not twin.was_trained()}
     _check_ran(idle, len(steps), strict=strict)
-    adapter, records = _installed(inner)
-    outcomes = [_outcome(row, prepared, records, steps, idle) for row in prepared.outcomes]
+    adapter, records, inputs = _installed(inner)
+    outcomes = [_outcome(row, prepared, records, inputs, steps, idle) for row in prepared.outcomes]
     adapter.model.eval()
     outcomes, notes = fuse(adapter, prepared.flows, outcomes, prepared.probe)
     totals = replace(
@@ -73,10 +78,15 @@ def _check_ran(idle: set[str], twins: int, *, strict: bool) -> None:
         )
 
 
-def _installed(model: nn.Module) -> tuple[TorchModel, dict[str, dict[str, float]]]:
-    """A copy of the model with quantized modules in place of the twins, and each weight's SQNR by path and name."""
+def _installed(model: nn.Module) -> tuple[TorchModel, dict[str, dict[str, float]], dict[str, str]]:
+    """A copy of the model with quantized modules in place of the twins.
+
+    Returns:
+        The adapter of the copy; each weight's SQNR by path and name; the trained static ranges of inputs in words.
+    """
     adapter = TorchModel.around(model)
     quality: dict[str, dict[str, float]] = {}
+    inputs: dict[str, str] = {}
     originals = dict(model.named_modules())
     for path, twin in list(twins_of(adapter.model)):
         trained = originals[path]
@@ -86,16 +96,28 @@ def _installed(model: nn.Module) -> tuple[TorchModel, dict[str, dict[str, float]
             name: weight_sqnr_db(trained.matrix(name).detach(), record)
             for name, record in module.quantized_weights().items()
         }
+        inputs[path] = _range_text(trained)
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             getattr(module, table).update(getattr(twin, table))
         adapter.model = replace_everywhere_(adapter.model, twin, module)
     adapter.detach_()
-    return TorchModel.around(adapter.model, copy=False), quality
+    return TorchModel.around(adapter.model, copy=False), quality, inputs
+
+
+def _range_text(twin: TrainedModule) -> str:
+    """What a static input's range has become; "" where it is not static."""
+    ranges = twin.activation()
+    if ranges.scale is None or ranges.zero_point is None:
+        return ""
+    low = -ranges.zero_point.float() * ranges.scale
+    high = (ranges.code_high - ranges.zero_point.float()) * ranges.scale
+    return f"{ranges.spec} [{float(low.min()):.4g}, {float(high.max()):.4g}]"
 
 
 def _outcome(
-    row: LayerOutcome, prepared: Prepared, quality: dict[str, dict[str, float]], steps: dict[str, int], idle: set[str]
-) -> LayerOutcome:
+    row: LayerOutcome, prepared: Prepared, quality: dict[str, dict[str, float]], inputs: dict[str, str],
+    steps: dict[str, int], idle: set[str],
+) -> LayerOutcome:  # fmt: skip
     """What the report says of one weight after training."""
     planned = next((r for r in prepared.plan.layers if r.layer.name == row.layer), None)
     if planned is None or planned.weight is None:
@@ -108,6 +130,11 @@ def _outcome(
         reason = "; ".join(part for part in (row.reason, "it never ran in training") if part)
         return replace(cleared, reason=reason)
     sqnr = quality[site.path].get(site.parameter)
+    given = inputs[site.path] or row.input
     return replace(
-        cleared, method=f"trained, {planned.train}", weight_sqnr_db=sqnr, notes=[f"{passes} training passes", *notes]
+        cleared,
+        input=given,
+        method=f"trained, {planned.train}",
+        weight_sqnr_db=sqnr,
+        notes=[f"{passes} training passes", *notes],
     )
