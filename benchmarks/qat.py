@@ -46,8 +46,7 @@ SETTINGS: dict[str, Any] = {
     # of weights and ranges: ten times less where training starts within a point of float32
     "lr": {"W8A8": 0.001, "W4A4": 0.001, "W2A4": 0.01},
     "schedule": "cosine", "temperature": 2.0,
-    # as a share of the steps; where training starts within a point of float32, statistics of batches only disturb it
-    "batchnorm_frozen_from": {"W8A8": 0.0, "W4A4": 0.0, "W2A4": 0.7},
+    "batchnorm_frozen_from": 0.7,
     "augmentation": "shift by up to 4 pixels, mirror",
 }  # fmt: skip
 SEEDS = 3
@@ -95,7 +94,7 @@ def train_(model: nn.Module, name: str, seed: int, epochs: float) -> None:
     groups = nc.qat.parameter_groups(model, weight_decay=SETTINGS["weight_decay"])
     optimizer = torch.optim.SGD(groups, lr=SETTINGS["lr"][name], momentum=SETTINGS["momentum"], nesterov=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"][name] * steps))
+    freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"] * steps))
     while done < steps:
         for x, _ in batches(images, SETTINGS["batch"], generator):
             freeze.apply(model.train(), done)

@@ -42,6 +42,9 @@ from narrowcast.nn.training import Training
 
 # A range may shrink or grow this far from where it started; a factor beyond has lost its block.
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 64, 64.0
+# No gradient of a factor is larger: typical ones are 0.01 to 0.3, and one clipped weight of an 8-bit channel gives 40,
+# upon which SGD throws the scale to and fro by its own size.
+_STEEPEST = 1.0
 
 
 class Range(nn.Module):
@@ -355,7 +358,8 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         start, unit = ctx.saved_tensors
         unit = start if unit is None else unit
-        return gradients[0] * ctx.size * (start / unit) / unit, None, None, None, None
+        balanced = gradients[0] * ctx.size * (start / unit) / unit
+        return balanced.clamp(-_STEEPEST, _STEEPEST), None, None, None, None
 
 
 class _Sized(torch.autograd.Function):
