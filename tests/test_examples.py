@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-NEEDS_DIGITS = ("digits", "quantize_digits")
+NEEDS_DIGITS = ("digits", "qat", "quantize_digits")
 
 
 def run(name: str, folder: Path) -> str:
@@ -55,3 +56,13 @@ def test_digits_go_from_training_to_a_loaded_integer_model(tmp_path: Path) -> No
     text = run("quantize_digits", tmp_path)
     assert "the same, bit for bit" in text
     assert (tmp_path / "digits-int8" / "narrowcast.json").is_file()
+
+
+@pytest.mark.slow
+def test_training_brings_back_what_two_bits_lose(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the example's data is in scikit-learn")
+    run("digits", tmp_path)
+    text = run("qat", tmp_path)
+    before, after = (float(re.search(rf"W2A4 {when} training ([0-9.]+)%", text)[1]) for when in ("before", "after"))
+    assert after > before
+    assert (tmp_path / "digits-w2a4" / "narrowcast.json").is_file()

@@ -26,7 +26,7 @@ from narrowcast.errors import (
 )
 
 if TYPE_CHECKING:
-    from narrowcast import kernels
+    from narrowcast import kernels, qat
     from narrowcast.evaluate import Comparison, compare
     from narrowcast.export import load, save
     from narrowcast.pipeline import Quantized, quantize
@@ -70,6 +70,7 @@ __all__ = [
     "kernels",
     "load",
     "plan",
+    "qat",
     "quantize",
     "save",
 ]
@@ -77,8 +78,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """A public name on its first use."""
-    if name == "kernels":
-        return importlib.import_module("narrowcast.kernels")
+    if name in ("kernels", "qat"):
+        return importlib.import_module(f"narrowcast.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'narrowcast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"narrowcast.{_ROOMS[name]}"), name)

@@ -21,7 +21,14 @@ from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference import LONGEST_SUM
 from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
 from narrowcast.models.rewrite import untie_
-from narrowcast.nn import INTEGER_MODES, StoredWeight, activation_mode, outlier_bits, weight_only_kernel
+from narrowcast.nn import (
+    DEFAULT_TRAINING,
+    INTEGER_MODES,
+    StoredWeight,
+    activation_mode,
+    outlier_bits,
+    weight_only_kernel,
+)
 from narrowcast.recipe import InputRule, Recipe, Rule, default_method, load_recipe
 from narrowcast.report import format_bytes
 from narrowcast.transforms import make_transform
@@ -44,6 +51,7 @@ class LayerPlan:
         integer: whether that is an integer kernel.
         refused: whether a rule wants it quantized and it cannot be.
         fallback: why it is quantized otherwise than the rule says; "" where it is not.
+        train: how its ranges are trained in quantization-aware training.
     """
 
     layer: Layer
@@ -58,6 +66,7 @@ class LayerPlan:
     integer: bool = False
     refused: bool = False
     fallback: str = ""
+    train: str = DEFAULT_TRAINING
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -249,7 +258,7 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
     bytes_after = round(bits * layer.parameters / 8)
     return LayerPlan(
         layer, spec, given, rule.method, reason=reason, bits_per_weight=bits, bytes_after=bytes_after, kernel=kernel,
-        integer=integer, fallback=fallback,
+        integer=integer, fallback=fallback, train=rule.train,
     )  # fmt: skip
 
 

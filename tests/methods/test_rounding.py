@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tests.methods.test_autoround import SPECS
 from torch import Tensor
 
-from narrowcast.core import QuantSpec, quantize
+from narrowcast.core import QuantSpec, distinct_levels, quantize
 from narrowcast.methods import Rtn
-from narrowcast.methods.rounding import LearnedWeight, distinct_levels, encoded, neighbours, one_thread
+from narrowcast.methods.rounding import LearnedWeight, encoded, neighbours, one_thread
 
 
 def random_weight(seed: int, rows: int = 6, columns: int = 37) -> Tensor:

@@ -4,6 +4,7 @@ from narrowcast.core.affine import (
     block_range,
     choose_scale,
     dequantize,
+    nearest_scale,
     quantize,
     quantize_blocks,
     quantize_learned,
@@ -30,6 +31,7 @@ from narrowcast.core.granularity import (
 )
 from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
 from narrowcast.core.packing import pack, packed_width, unpack
+from narrowcast.core.rounding import distinct_levels, fake_quantize, integer_steps_, range_gradients, through
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
 from narrowcast.core.super_blocks import split_super_scale, spread_super_scale
 from narrowcast.core.tensor import QuantizedTensor, dequantize_blocks, level_values
@@ -54,11 +56,15 @@ __all__ = [
     "cosine",
     "dequantize",
     "dequantize_blocks",
+    "distinct_levels",
     "expand_to_matrix",
+    "fake_quantize",
     "from_blocks",
+    "integer_steps_",
     "kl_divergence",
     "level_values",
     "nearest_levels",
+    "nearest_scale",
     "number_format",
     "pack",
     "packed_width",
@@ -66,6 +72,7 @@ __all__ = [
     "quantize",
     "quantize_blocks",
     "quantize_learned",
+    "range_gradients",
     "round_scale",
     "round_zero_point",
     "scale_shape",
@@ -74,6 +81,7 @@ __all__ = [
     "spread_channels",
     "spread_super_scale",
     "sqnr_db",
+    "through",
     "to_blocks",
     "unpack",
 ]

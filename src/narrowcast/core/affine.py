@@ -91,21 +91,7 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
         1.0, section 6.3. Differs: OCP rounds down and clips the largest values of a block.
     """
     name = spec.scale_format
-    scale = scale.to(torch.float32).clamp(min=_SMALLEST[name])
-    if name == "fp16":
-        upwards = (scale * 2.0**24).ceil() * 2.0**-24  # float16 numbers below 2^-14 are the multiples of 2^-24
-        rounded = torch.where(scale < 2.0**-14, upwards, scale.to(torch.float16).to(torch.float32))
-    elif name == "e8m0":
-        mantissa, exponent = torch.frexp(scale)
-        rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(torch.int32))
-    elif name == "int8":
-        codes, outer = split_int8_scale(scale)
-        rounded = outer * codes.to(torch.float32)
-    elif name == "k6":
-        codes, outer = split_super_scale(scale, spec)
-        rounded = codes.to(torch.float32) * spread_super_scale(outer, spec, scale.shape[1])
-    else:
-        rounded = scale
+    rounded = nearest_scale(scale, spec)
     bad = ~(rounded <= _LARGEST[name])
     if bool(bad.any()):
         where = first_index(bad)
@@ -114,6 +100,25 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
             f"(largest {_LARGEST[name]:.6g}); write '/scale:fp32'"
         )
     return rounded
+
+
+def nearest_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """What `round_scale` gives, unchecked: a scale that does not fit its format comes out infinite, NaN stays NaN."""
+    name = spec.scale_format
+    scale = scale.to(torch.float32).clamp(min=_SMALLEST[name])
+    if name == "fp16":
+        upwards = (scale * 2.0**24).ceil() * 2.0**-24  # float16 numbers below 2^-14 are the multiples of 2^-24
+        return torch.where(scale < 2.0**-14, upwards, scale.to(torch.float16).to(torch.float32))
+    if name == "e8m0":
+        mantissa, exponent = torch.frexp(scale)
+        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(torch.int32))
+    if name == "int8":
+        codes, outer = split_int8_scale(scale)
+        return outer * codes.to(torch.float32)
+    if name == "k6":
+        codes, outer = split_super_scale(scale, spec)
+        return codes.to(torch.float32) * spread_super_scale(outer, spec, scale.shape[1])
+    return scale
 
 
 def split_int8_scale(scale: Tensor) -> tuple[Tensor, Tensor]:

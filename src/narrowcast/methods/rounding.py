@@ -15,8 +15,7 @@ one end: s = stored(s0 * (1 + b / high)). Formats without equal steps (NF4, FP4,
 domain: the position of x = w / s is the index of the level below it plus the part of the gap that x has covered, and
 value = s * level[clamp(round(position + v))].
 
-Gradients go straight through every rounding: d value / d v = s, d value / d s = (code - z) - w / s inside the range
-and code - z outside, d value / d z = -s outside.
+Gradients go straight through every rounding: d value / d v = s; those of scale and zero point are in `core.rounding`.
 
 Source:
     Offsets and range factors: AutoRound (Cheng et al. 2023, arXiv:2309.05516, eq. 3). Gradient of the scale: LSQ
@@ -29,14 +28,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowcast.core import QuantizedTensor, QuantSpec, from_blocks, round_scale, round_zero_point, to_blocks
-from narrowcast.core.formats import NumberFormat
+from narrowcast.core import (
+    QuantizedTensor,
+    QuantSpec,
+    distinct_levels,
+    from_blocks,
+    integer_steps_,
+    range_gradients,
+    round_zero_point,
+    through,
+    to_blocks,
+)
 
 # A scale that training shrinks further would lose the block; the full range is at most code_high times the scale.
 _SMALLEST_RATIO = 0.05
@@ -91,26 +98,12 @@ class LearnedWeight:
         smallest, largest = self.start_scale * _SMALLEST_RATIO, self.largest_scale
         if self.start_zero is None:
             scale = self.start_scale * (1 + self.ends[0] / spec.format.high)
-            return _through(torch.clamp(scale, smallest, largest), spec), None
+            return through(torch.clamp(scale, smallest, largest), spec), None
         codes = spec.code_high - spec.code_low
         scale = self.start_scale * (1 + (self.ends[1] - self.ends[0]) / codes)
-        scale = _through(torch.clamp(scale, smallest, largest), spec)
+        scale = through(torch.clamp(scale, smallest, largest), spec)
         low = self.start_scale * (spec.code_low - self.start_zero + self.ends[0])
-        return scale, _through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.zero_high), spec, zero=True)
-
-
-def distinct_levels(number: NumberFormat) -> Tensor:
-    """The finite values that codes of a format without equal steps stand for, ascending, each once, float32."""
-    if number.levels is not None:
-        return torch.tensor(sorted(set(number.levels)), dtype=torch.float32) + 0.0
-    return _float_levels(number.storage)
-
-
-@lru_cache
-def _float_levels(storage: torch.dtype) -> Tensor:
-    values = torch.arange(256, dtype=torch.uint8).view(storage).to(torch.float32)
-    levels: Tensor = torch.unique(values[torch.isfinite(values)] + 0.0)
-    return levels
+        return scale, through(torch.clamp(spec.code_low - low / scale, spec.code_low, spec.zero_high), spec, zero=True)
 
 
 def _round(
@@ -119,11 +112,8 @@ def _round(
     """Code minus zero point (or the level) of w / s [.., elements], and the gap between levels; 0 where clamped."""
     if levels is not None:
         return _round_to_levels(scaled, offset, levels)
-    shift = torch.zeros(()) if zero is None else zero.unsqueeze(-1)
-    nearest = scaled + offset
-    codes = nearest.round_() + shift if spec.zero_step == 1 else nearest.add_(shift).round_().add_(0.0)
-    kept = codes.clamp(spec.code_low, spec.code_high)
-    return kept - shift, (codes == kept).to(torch.float32)
+    steps, inside = integer_steps_(scaled + offset, zero, spec)
+    return steps, inside.to(torch.float32)
 
 
 def _round_to_levels(scaled: Tensor, offset: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,23 +200,5 @@ class _Rounded(torch.autograd.Function):
         scaled, steps, gap, scale = ctx.saved_tensors
         inside = gap > 0
         in_steps = gradient * scale.unsqueeze(-1)
-        of_scale = (gradient * (steps - scaled * inside)).sum(-1)
-        of_zero = -(in_steps * ~inside).sum(-1) if ctx.asymmetric else None
-        return None, in_steps * gap, of_scale, of_zero, None, None
-
-
-def _through(values: Tensor, spec: QuantSpec, *, zero: bool = False) -> Tensor:
-    rounded: Tensor = _Through.apply(values, spec, zero)  # type: ignore[no-untyped-call]
-    return rounded
-
-
-class _Through(torch.autograd.Function):
-    """Rounds to the scales, or the zero points, that a spec can hold; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, spec: QuantSpec, zero: bool) -> Tensor:
-        return round_zero_point(values, spec).to(torch.float32) if zero else round_scale(values, spec)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], None, None
+        of_scale, of_zero = range_gradients(gradient, steps, scaled, inside, scale)
+        return None, in_steps * gap, of_scale, of_zero if ctx.asymmetric else None, None, None

@@ -18,6 +18,7 @@ from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
 from narrowcast.models.modules import get_module, replace_everywhere_
 from narrowcast.models.patches import input_rows
 from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
+from narrowcast.nn.trained import TrainedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
 _SAMPLE_ELEMENTS = 1 << 20
@@ -27,6 +28,9 @@ _HOOK_TABLES = (
 )  # fmt: skip
 # Types whose matrix is not the parameter as it lies: tied weights of such a type and another are not one matrix.
 _OTHER_LAYOUTS = frozenset({"Conv1D", "ConvTranspose2d"})
+
+
+WAS_TRAINING = "the model was in training mode; it was quantized, and is returned, in evaluation mode"
 
 
 class TorchModel(ModelAdapter):
@@ -40,6 +44,10 @@ class TorchModel(ModelAdapter):
     def __init__(self, model: nn.Module, *, inplace: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load or build the model first")
+        if any(isinstance(module, TrainedModule) for module in model.modules()):
+            raise ModelError(
+                "the model is prepared for training already; train and convert it, or start from the float model"
+            )
         if any(isinstance(module, InstalledModule) for module in model.modules()):
             raise ModelError("the model is quantized already; start from the float model")
         if lazy := next((name for name, tensor in model.named_parameters() if is_lazy(tensor)), ""):
@@ -53,9 +61,22 @@ class TorchModel(ModelAdapter):
             )
         if self.model.training:
             self.model.eval()
-            self.notes.append("the model was in training mode; it was quantized, and is returned, in evaluation mode")
+            self.notes.append(WAS_TRAINING)
         self._take_attention_apart_()
         self._layers: list[Layer] | None = None
+
+    @classmethod
+    def around(cls, model: nn.Module, *, copy: bool = True) -> TorchModel:
+        """An adapter of a model whose modules narrowcast has installed already; it finds no layers in it.
+
+        Args:
+            model: any module.
+            copy: work on a copy that shares the tensors until they are replaced.
+        """
+        made = cls.__new__(cls)
+        made.original, made.model = model, _structural_copy(model) if copy else model
+        made.notes, made._layers = [], []
+        return made
 
     def layers(self) -> list[Layer]:
         """See `ModelAdapter`."""

@@ -10,6 +10,7 @@ from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
 from narrowcast.nn.outliers import OutlierLinear, outlier_bits
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
+from narrowcast.nn.training import DEFAULT_TRAINING, TRAINING, Training
 from narrowcast.nn.weight_only import weight_only_kernel
 
 MODULES: dict[str, type[InstalledModule]] = {
@@ -28,9 +29,11 @@ MODULES: dict[str, type[InstalledModule]] = {
 }
 
 __all__ = [
+    "DEFAULT_TRAINING",
     "FLOAT",
     "INTEGER_MODES",
     "MODULES",
+    "TRAINING",
     "Activation",
     "ConvShape",
     "ExpertsShape",
@@ -47,6 +50,7 @@ __all__ = [
     "QuantizedRecurrent",
     "RecurrentShape",
     "StoredWeight",
+    "Training",
     "activation_mode",
     "activation_spec",
     "is_int8_per_channel",

@@ -99,6 +99,22 @@ class ConvShape:
         top, left, bottom, right = self.padding
         return (1, 1), (rest[0] - top, rest[1] - left, rest[0] - bottom, rest[1] - right), self.stride
 
+    def extra_padding(self, images: Tensor, output_size: list[int] | None) -> tuple[int, int]:
+        """The output padding of a transposed convolution that gives `output_size`; its own where that is None."""
+        if output_size is None:
+            return self.output_padding
+        wanted = list(output_size)[-2:]
+        smallest = [
+            (images.shape[2 + i] - 1) * self.stride[i] - self.padding[i] - self.padding[2 + i]
+            + self.dilation[i] * (self.kernel[i] - 1) + 1
+            for i in range(2)
+        ]  # fmt: skip
+        missing = wanted[0] - smallest[0], wanted[1] - smallest[1]
+        if not all(0 <= missing[i] < self.stride[i] for i in range(2)):
+            highest = [smallest[i] + self.stride[i] - 1 for i in range(2)]
+            raise DataError(f"transposed convolution: output_size {wanted} is not between {smallest} and {highest}")
+        return missing
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` takes them back."""
         return dict(vars(self))  # asdict copies deeply, which a load would pay for each layer
@@ -228,26 +244,11 @@ class QuantizedConv(QuantizedModule):
         images = images.unsqueeze(-2) if self.shape.dimensions == 1 else images
         if images.shape[1] != self.shape.in_channels:  # panels are padded, so the op cannot tell 3 channels from 4
             raise DataError(f"convolution: the input has {images.shape[1]} channels, expected {self.shape.in_channels}")
-        output_padding = self._output_padding(images, output_size)
+        output_padding = self.shape.extra_padding(images, output_size)
         run = self._integer_forward if self.is_integer else self._float_forward
         y = run(self._padded(images), output_padding)
         y = y.squeeze(-2) if self.shape.dimensions == 1 else y
         return y.squeeze(0) if unbatched else y
-
-    def _output_padding(self, images: Tensor, output_size: list[int] | None) -> tuple[int, int]:
-        if output_size is None:
-            return self.shape.output_padding
-        shape, wanted = self.shape, list(output_size)[-2:]
-        smallest = [
-            (images.shape[2 + i] - 1) * shape.stride[i] - shape.padding[i] - shape.padding[2 + i]
-            + shape.dilation[i] * (shape.kernel[i] - 1) + 1
-            for i in range(2)
-        ]  # fmt: skip
-        missing = wanted[0] - smallest[0], wanted[1] - smallest[1]
-        if not all(0 <= missing[i] < shape.stride[i] for i in range(2)):
-            highest = [smallest[i] + shape.stride[i] - 1 for i in range(2)]
-            raise DataError(f"transposed convolution: output_size {wanted} is not between {smallest} and {highest}")
-        return missing
 
     def _padded(self, images: Tensor) -> Tensor:
         if self.shape.padding_mode == "zeros":

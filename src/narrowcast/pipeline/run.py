@@ -15,26 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.core import sqnr_db
-from narrowcast.errors import ContractError, DataError, ModelError, RecipeError
+from narrowcast.errors import ContractError, ModelError
 from narrowcast.export.checkpoint_tensors import source_hash
 from narrowcast.models import FoldReport, TorchModel, expected_inputs, find_pairs, fold_
-from narrowcast.models.modules import evaluation_mode, stored_bytes
+from narrowcast.models.modules import evaluation_mode, get_module, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
+from narrowcast.pipeline.checks import (
+    check_has_data,
+    check_has_values,
+    check_plan,
+    check_resume,
+    check_weights,
+    coverage,
+    refuse,
+)
 from narrowcast.pipeline.doctor import Doctor, refuse_severe, sort_findings, unseen
-from narrowcast.pipeline.fuse import fuse, planned_convolutions, trace
+from narrowcast.pipeline.fuse import Flows, fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls, slower_than_float
 from narrowcast.pipeline.resume import Journal, fingerprint
 from narrowcast.pipeline.sequential import solve_in_blocks, wants_blocks
 from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.pipeline.solve import Job, solve
-from narrowcast.pipeline.solve_weight import check_finite, needs_of
 from narrowcast.pipeline.streams import Recording, recorded
 from narrowcast.pipeline.transform import transform
-from narrowcast.planning import LayerPlan, Plan, make_plan, untie_for
+from narrowcast.planning import Plan, make_plan, untie_for
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
-from narrowcast.report import Finding, LayerOutcome, Report, Totals
+from narrowcast.report import Finding, LayerChange, LayerOutcome, Report, Totals
 
 # Float32 rounding of a network of this depth; a fold that changes more than this has changed the function.
 _SAME_FUNCTION_DB = 60.0
@@ -93,39 +101,103 @@ def quantize(
         ContractError: `strict` or `min_coverage` is not met; the message lists the layers.
     """
     started = time.perf_counter()
+    begun = solve_model(
+        model, load_recipe(recipe), data, strict=strict, min_coverage=min_coverage, inplace=inplace, progress=progress,
+        resume=resume,
+    )  # fmt: skip
+    adapter, probe = begun.job.adapter, begun.probe
+    outcomes, fusion_notes = fuse(adapter, begun.flows, begun.outcomes, probe)
+    verdict = _judge_model(adapter, probe, inplace=inplace)
+    totals = replace(
+        totals_of(begun.job.plan, outcomes, verdict, probe), parameters=begun.before[0], bytes_before=begun.before[1],
+        bytes_after=stored_bytes(adapter.model), seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    notes = begun.notes + fusion_notes + slower_than_float(outcomes)
+    name = begun.job.plan.recipe.name
+    report = Report(name, type(model).__name__, outcomes, totals, notes, begun.changes, begun.findings)
+    if strict:
+        refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
+    return Quantized(adapter.model, report, begun.job.plan.recipe, begun.source)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A model whose quantized modules are installed and not yet fused, and how it came to be.
+
+    Args:
+        job: the adapter with the model, the plan, the solved weights and the installed modules.
+        flows: how the model's parts call each other.
+        probe: the first batch; None without data.
+        outcomes: one per weight.
+        notes: for the report; so are `changes` and `findings`.
+        source: hash of the float model's tensors.
+        before: parameters and bytes of the float model.
+        norms: convolution path -> the convolution's weight and bias before its BatchNorm was folded, and the norm.
+        floats: path of an installed module -> the float module that was there; empty unless asked for.
+    """
+
+    job: Job
+    flows: Flows
+    probe: Any
+    outcomes: list[LayerOutcome]
+    notes: list[str]
+    changes: list[LayerChange]
+    findings: list[Finding]
+    source: str
+    before: tuple[int, int]
+    norms: dict[str, tuple[Tensor, Tensor | None, nn.Module]]
+    floats: dict[str, nn.Module]
+
+
+def solve_model(
+    model: nn.Module, recipe: Recipe, data: Any, *, strict: bool = False, min_coverage: float = 0.0,
+    inplace: bool = False, progress: bool = True, resume: str | Path | None = None, keep_floats: bool = False,
+) -> Begun:  # fmt: skip
+    """Plan, calibrate, solve and install: what quantizing and preparing for training share.
+
+    The arguments are those of `quantize`, and so are the errors; `keep_floats` keeps the float modules that are
+    replaced.
+    """
     if not 0.0 <= min_coverage <= 1.0:
         raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
-    loaded = load_recipe(recipe)
-    adapter = _opened(model, loaded, inplace=inplace)
+    adapter = _opened(model, recipe, inplace=inplace)
     batches = rewindable(data)
     before = (sum(p.numel() for p in adapter.model.parameters()), stored_bytes(adapter.model))
     source = source_hash(model)
     probe = None if data is None else first_batch(batches, adapter)
-    folds = _find_folds(adapter, loaded, probe)
-    plan = make_plan(adapter, loaded, folds, has_data=data is not None)
-    _check_has_data(plan, data, resume)
-    _check_plan(plan, strict=strict, min_coverage=min_coverage)
-    _check_weights(adapter, plan)
+    folds = _find_folds(adapter, recipe, probe)
+    plan = make_plan(adapter, recipe, folds, has_data=data is not None)
+    check_has_data(plan, data)
+    check_resume(plan, resume)
+    check_plan(plan, strict=strict, min_coverage=min_coverage)
+    check_weights(adapter, plan)
     doctor = None if probe is None else Doctor.of(adapter, plan, probe)
     if doctor is not None:
         batches = doctor.read(data, batches, strict=strict)
-    means = _means_behind_norms(adapter, loaded, probe)
+    means = _means_behind_norms(adapter, recipe, probe)
+    norms = _norms(adapter, folds)
     notes = [*plan.notes, *_fold(adapter, folds, probe)]
     transformed = transform(adapter, plan, batches, probe)
     calibration, recording, findings = _calibrate(adapter, plan, batches, doctor, strict=strict, progress=progress)
     calibration.means = means
     notes += transformed.notes + calibration.observation.notes
     journal = _journal(resume, plan, source, calibration, recording)
-    outcomes, more = _solve_and_fuse(adapter, plan, calibration, probe, _Solver(recording, journal, progress))
-    verdict = _judge_model(adapter, probe, inplace=inplace)
-    totals = replace(
-        _totals(plan, outcomes, verdict, probe), parameters=before[0], bytes_before=before[1],
-        bytes_after=stored_bytes(adapter.model), seconds=time.perf_counter() - started,
-    )  # fmt: skip
-    report = Report(loaded.name, type(model).__name__, outcomes, totals, notes + more, transformed.changes, findings)
-    if strict:
-        _refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
-    return Quantized(adapter.model, report, loaded, source)
+    flows = trace(adapter, plan, probe)
+    job = Job(adapter, plan, calibration, SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan)))
+    floats = {path: get_module(adapter.model, path) for path in job.units()} if keep_floats else {}
+    outcomes, more = _Solver(recording, journal, progress).run(job)
+    adapter.detach_()
+    notes += more + _settle_layout(adapter, probe)
+    return Begun(job, flows, probe, outcomes, notes, transformed.changes, findings, source, before, norms, floats)
+
+
+def _norms(adapter: TorchModel, folds: FoldReport) -> dict[str, tuple[Tensor, Tensor | None, nn.Module]]:
+    """What folding is about to replace, by the path of the convolution."""
+    found = {}
+    for norm, path in folds.folded.items():
+        convolution: Any = get_module(adapter.model, path)
+        found[path] = (convolution.weight, convolution.bias, get_module(adapter.model, norm))
+    return found
 
 
 def _calibrate(
@@ -167,78 +239,12 @@ class _Solver:
         return solve_in_blocks(job, self.recording, journal=self.journal, progress=self.progress)
 
 
-def _solve_and_fuse(
-    adapter: TorchModel, plan: Plan, calibration: Calibration, probe: Any, solver: _Solver
-) -> tuple[list[LayerOutcome], list[str]]:
-    """Quantize and install every module, then let chains of them run together; returns outcomes and notes."""
-    flows = trace(adapter, plan, probe)
-    shared = SharedRanges.of(adapter.model, flows.flows, planned_convolutions(plan))
-    outcomes, notes = solver.run(Job(adapter, plan, calibration, shared))
-    adapter.detach_()
-    notes += _settle_layout(adapter, probe)
-    outcomes, fusion_notes = fuse(adapter, flows, outcomes, probe)
-    return outcomes, notes + fusion_notes + slower_than_float(outcomes)
-
-
 def _opened(model: nn.Module, recipe: Recipe, *, inplace: bool) -> TorchModel:
     """The adapter, its heads untied where the recipe's transforms ask for it; raises where weights have no values."""
     adapter = TorchModel(model, inplace=inplace)
     untie_for(adapter, recipe)
-    _check_has_values(adapter)
+    check_has_values(adapter)
     return adapter
-
-
-def _check_has_values(adapter: TorchModel) -> None:
-    for layer in adapter.layers():
-        if not layer.reason and layer.type != "Parameter" and adapter.weight(layer).is_meta:
-            raise ModelError(
-                f"layer {layer.name!r} is on the meta device and has no values to quantize; load the weights first "
-                "(nc.plan works without them)"
-            )
-
-
-def _check_weights(adapter: TorchModel, plan: Plan) -> None:
-    """Refuse to quantize weights that are not finite, before any work is done; kept ones may hold anything."""
-    for row in plan.layers:
-        if row.weight is not None:
-            check_finite(row.layer, adapter.weight(row.layer))
-
-
-def _check_has_data(plan: Plan, data: Any, resume: str | Path | None) -> None:
-    static = [row.layer.name for row in plan.layers if row.input is not None and row.input.observer]
-    if static and data is None:
-        raise DataError(
-            f"recipe {plan.recipe.name!r} fixes the input ranges of {len(static)} layers ({static[0]!r}, ...) from "
-            "calibration data, and there is none; pass data=..., or use 'dynamic-int8', which needs none"
-        )
-    needing = [row for row in plan.layers if needs_of(row)]
-    if needing and data is None:
-        row = needing[0]
-        raise DataError(
-            f"recipe {plan.recipe.name!r} solves {len(needing)} weights ({row.layer.name!r}, ...) by "
-            f"{next(iter(row.method))!r}, which needs calibration data, and there is none; pass data=..., or use "
-            "method 'rtn' or another that needs none"
-        )
-    if plan.recipe.sequential is True and data is None:
-        raise DataError(
-            f"recipe {plan.recipe.name!r} is sequential = true, which sends calibration data through the blocks, and "
-            "there is none; pass data=..., or leave sequential at 'auto'"
-        )
-    outliers = [row.layer.name for row in plan.layers if row.input is not None and row.input.outliers]
-    if outliers and data is None:
-        raise DataError(
-            f"recipe {plan.recipe.name!r} keeps outlier channels of {len(outliers)} layers ({outliers[0]!r}, ...), "
-            "which calibration data names, and there is none; pass data=..., or leave out 'outliers:...'"
-        )
-    _check_resume(plan, resume)
-
-
-def _check_resume(plan: Plan, resume: str | Path | None) -> None:
-    if resume is not None and not wants_blocks(plan):
-        raise RecipeError(
-            f"recipe {plan.recipe.name!r} solves all layers from one pass over the data, so there are no finished "
-            "blocks to resume from; leave resume out, or set sequential = true"
-        )
 
 
 def _find_folds(adapter: TorchModel, recipe: Recipe, probe: Any) -> FoldReport:
@@ -314,7 +320,8 @@ def _judge_model(adapter: TorchModel, probe: Any, *, inplace: bool) -> Verdict:
         return judge_calls(lambda: probe.run(adapter.original), lambda: probe.run(adapter.model), budget=1.0)
 
 
-def _totals(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: Any) -> Totals:
+def totals_of(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: Any) -> Totals:
+    """Sums over the outcomes; sizes and seconds are the caller's to fill in."""
     done = [row for row in outcomes if row.spec]
     integer_names = {row.layer.name for row in plan.layers if row.integer}
     integer = [row for row in done if row.layer in integer_names]
@@ -324,7 +331,7 @@ def _totals(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: A
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Totals(
         quantized_parameters=sum(row.parameters for row in done),
-        coverage=_coverage(plan),
+        coverage=coverage(plan),
         integer_parameters=sum(row.parameters for row in integer),
         integer_macs=macs,
         peak_memory_bytes=kilobytes * (1 if sys.platform == "darwin" else 1024),
@@ -334,31 +341,3 @@ def _totals(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: A
         timed_samples=None if probe is None else probe.samples,
         threads=torch.get_num_threads(),
     )
-
-
-def _is_matrix(row: LayerPlan) -> bool:
-    """Whether a weight is one that quantization is about: not a vector, and not gone by folding."""
-    return len(row.layer.shape) > 1 and row.bits_per_weight > 0
-
-
-def _check_plan(plan: Plan, *, strict: bool, min_coverage: float) -> None:
-    """Raise what can be known before any work is done: weights that cannot be quantized, and the coverage."""
-    if strict:
-        short = [f"{row.layer.name}: kept: {row.reason}" for row in plan.layers if row.refused]
-        _refuse(short + [f"{row.layer.name}: falls back: {row.fallback}" for row in plan.layers if row.fallback])
-    coverage = _coverage(plan)
-    if coverage < min_coverage:
-        kept = [f"{row.layer.name}: {row.reason}" for row in plan.layers if row.weight is None and _is_matrix(row)]
-        raise ContractError(
-            f"coverage {coverage:.1%} is below the required {min_coverage:.1%}; kept: {'; '.join(kept[:10])}"
-        )
-
-
-def _refuse(short: list[str]) -> None:
-    if short:
-        raise ContractError(f"strict: {len(short)} weights are not what the recipe says: {'; '.join(short[:10])}")
-
-
-def _coverage(plan: Plan) -> float:
-    possible = sum(row.layer.parameters for row in plan.layers if _is_matrix(row))
-    return sum(row.layer.parameters for row in plan.layers if row.weight is not None) / possible if possible else 1.0

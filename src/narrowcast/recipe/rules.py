@@ -13,13 +13,13 @@ from narrowcast.core import PerChannel, PerToken, QuantSpec
 from narrowcast.errors import FormatError, RecipeError
 from narrowcast.methods import make_method
 from narrowcast.models import Layer
-from narrowcast.nn import activation_spec
+from narrowcast.nn import DEFAULT_TRAINING, TRAINING, activation_spec
 from narrowcast.observers import make_observer
 from narrowcast.transforms import make_transform
 
 DEFAULT_OBSERVER = "minmax"
 _FEWEST_OUTLIERS, _MOST_OUTLIERS = 0.001, 25.0
-_RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "keep", "optional")
+_RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "train", "keep", "optional")
 _RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "transforms")
 
 
@@ -83,6 +83,7 @@ class Rule:
         input: treatment of the input; None leaves it float.
         method: the weight solver and its options, e.g. {"rtn": {"range": "absmax"}}; empty leaves the choice to
             `default_method`.
+        train: how ranges are trained in quantization-aware training ("lsq", "lsq+", "ste", "pact"); no other use.
         keep: the reason to leave the layer as it is; "" quantizes it.
         optional: whether the rule may match nothing.
     """
@@ -95,6 +96,7 @@ class Rule:
     method: Mapping[str, Any] = field(default_factory=dict)
     keep: str = ""
     optional: bool = False
+    train: str = DEFAULT_TRAINING
 
     def matches(self, layer: Layer) -> bool:
         """Whether the rule speaks of this layer."""
@@ -125,13 +127,15 @@ class Rule:
         if not isinstance(values.get("optional", False), bool):
             raise RecipeError(f"{where}: optional is true or false, got {values['optional']!r}")
         if "keep" in values:
-            if not texts["keep"] or "input" in values or "method" in values:
-                raise RecipeError(f"{where}: 'keep' is a reason in words, and goes with neither 'input' nor 'method'")
+            if not texts["keep"] or {"input", "method", "train"} & set(values):
+                raise RecipeError(
+                    f"{where}: 'keep' is a reason in words, and goes with neither 'input' nor 'method' nor 'train'"
+                )
             return cls(layers, texts["type"], texts["role"], keep=texts["keep"], optional=values.get("optional", False))
         return cls(
             layers, texts["type"], texts["role"], _weight_spec(values["weight"], where),
             _input_rule(values.get("input"), where), _method(values["method"], where) if "method" in values else {},
-            optional=values.get("optional", False),
+            optional=values.get("optional", False), train=_training(values.get("train", DEFAULT_TRAINING), where),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +146,8 @@ class Rule:
             values |= {"weight": str(self.weight)} | ({"method": dict(self.method)} if self.method else {})
         if self.input is not None:
             values["input"] = str(self.input)
+        if self.train != DEFAULT_TRAINING:
+            values["train"] = self.train
         if self.optional:
             values["optional"] = True
         return values
@@ -278,6 +284,12 @@ def _method(values: Any, where: str) -> dict[str, Any]:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     return {name: dict(options) for name, options in values.items()}
+
+
+def _training(name: Any, where: str) -> str:
+    if name not in TRAINING:
+        raise RecipeError(f"{where}: train {name!r} is not known; use {', '.join(map(repr, TRAINING))}")
+    return str(name)
 
 
 def _transforms(values: Any, where: str) -> tuple[dict[str, dict[str, Any]], ...]:

@@ -1,0 +1,10 @@
+"""Quantization-aware training: `prepare` a model, train it in any loop, `convert` it without losing a bit."""
+
+from narrowcast.qat.convert import convert
+from narrowcast.qat.distill import distill_loss
+from narrowcast.qat.freeze import FreezeSchedule
+from narrowcast.qat.groups import parameter_groups
+from narrowcast.qat.health import Health, report
+from narrowcast.qat.prepare import prepare
+
+__all__ = ["FreezeSchedule", "Health", "convert", "distill_loss", "parameter_groups", "prepare", "report"]
