@@ -159,9 +159,32 @@ def test_an_operation_that_cannot_take_part_is_named_with_the_reason() -> None:
         assert sqnr_db(result.model(*pairs[0]), fused) > 30
 
 
+class Joined(nn.Module):
+    """What it returns is a concatenation, which no single step writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+def test_a_network_may_return_a_concatenation() -> None:
+    result = quantized(Joined())
+    graph = graph_of(result.model)
+    assert graph is not None and set(graph.fused) == {"stem", "left", "right"}
+    with torch.no_grad():
+        fused = result.model(images())
+        unfuse_(result.model)
+        assert sqnr_db(result.model(images()), fused) > 60
+    assert torch.export.export(quantized(Joined()).model, (images(),)).module()(images()).shape == fused.shape
+
+
 FOUR_BITS = [
     {"layers": "stem", "weight": "int8/channel", "input": "uint8/tensor static:minmax"},
-    {"type": "Conv2d", "weight": "int4/channel", "input": "uint4/tensor static:minmax"},
+    {"type": "Conv2d", "weight": "int4/channel", "input": "uint4/tensor static:minmax", "method": "rtn"},
     {"weight": "int4/channel"},
 ]
 

@@ -235,7 +235,8 @@ class NetworkProgram:
                 chains[step.float_target] = chain
         plan = []
         for output in self.outputs:
-            plan += [self.values[output].channels, len(chains[output]) // PLAN_FIELDS, *chains[output]]
+            chain = chains[self._written(output, chains)]
+            plan += [self.values[output].channels, len(chain) // PLAN_FIELDS, *chain]
         return plan
 
     def _written(self, value: int, known: dict[int, list[int]]) -> int:
