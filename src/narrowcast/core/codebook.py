@@ -178,6 +178,9 @@ def _distinct(data: _Sorted, count: int) -> Tensor:
 
 def _compacted(data: _Sorted, levels: Tensor) -> Tensor:
     """The levels [rows, count] that are the nearest of some value, in order, the last one repeated."""
+    # two levels may be one float16 number: one of them has all the values of both
+    again = torch.nn.functional.pad(levels.diff(dim=1) == 0, (1, 0))
+    levels = torch.where(again, levels[:, -1:], levels).sort(1).values
     middle = (levels[:, :-1] / 2 + levels[:, 1:] / 2).to(torch.float64)
     inner = torch.searchsorted(data.values, middle.contiguous(), right=True)
     used = torch.nn.functional.pad(inner, (1, 1), value=0)
