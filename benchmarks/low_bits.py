@@ -48,6 +48,8 @@ class Format:
         ends: of the first and the last layer, weights and inputs, as this field leaves them in more bits; ("", "")
             gives them the format of all others.
         depthwise: of the inputs of depthwise convolutions; "" where they keep `input`.
+        symmetric: of the inputs of convolutions and recurrent layers, where `input` has zero points that they do not
+            take at run time; "" where they keep `input`.
     """
 
     weight: str
@@ -55,11 +57,12 @@ class Format:
     input: str = ""
     ends: tuple[str, str] = ("", "")
     depthwise: str = ""
+    symmetric: str = ""
 
 
 FORMATS = {
     "W8A8 static": Format("int8/channel", input="uint8/channel static:minmax"),
-    "W8A8 dynamic": Format("int8/channel", input="uint8/token"),
+    "W8A8 dynamic": Format("int8/channel", input="uint8/token", symmetric="int8/token"),
     "W4A8": Format("int4/group32/asym", "int4/channel", "int8/token"),
     # ranges per channel would go into the weights, which have no codes to spare, but for depthwise convolutions: their
     # weights have a scale for each of these channels
@@ -132,6 +135,9 @@ def recipe_of(name: str, form: Format, method: str) -> dict[str, Any]:
         rules.append({"layers": ENDS[name], "weight": form.ends[0], "input": form.ends[1]})
     if form.depthwise and name in DEPTHWISE:
         rules.append({"layers": DEPTHWISE[name], "weight": form.weight, "input": form.depthwise, **solver})
+    if form.symmetric:
+        inner = {"weight": form.weight, "input": form.symmetric, **solver, "optional": True}
+        rules += [{"type": kind, **inner} for kind in ("Conv2d", "LSTM")]
     if form.convolution:
         rules.append({"type": "Conv2d", "weight": form.convolution, **given, **solver, "optional": True})
     rules.append({"weight": form.weight, **given, **solver})
