@@ -95,6 +95,8 @@ ENDS = {
     "squeezenet11": ["conv1", "conv10"],
 }
 DEPTHWISE = {"mobilenetv1": "blocks.*.0.*", "mobilenetv2": "*.dw"}
+# Models without a layer for the rule behind that of convolutions.
+ALL_CONVOLUTIONS = ("squeezenet11",)
 # What a recipe says besides formats.
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -140,7 +142,8 @@ def recipe_of(name: str, form: Format, method: str) -> dict[str, Any]:
         rules += [{"type": kind, **inner} for kind in ("Conv2d", "LSTM")]
     if form.convolution:
         rules.append({"type": "Conv2d", "weight": form.convolution, **given, **solver, "optional": True})
-    rules.append({"weight": form.weight, **given, **solver})
+    others = {"optional": True} if name in ALL_CONVOLUTIONS and (form.convolution or form.symmetric) else {}
+    rules.append({"weight": form.weight, **given, **solver, **others})
     document = {"name": f"{method}", "rule": rules}
     return document | ({"transforms": options["transforms"]} if "transforms" in options else {})
 
