@@ -5,8 +5,8 @@
     python -m benchmarks.qat --quick                     a few steps of each, into build/benchmarks
 
 A cell is FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the score
-is that of the converted integer model on the 5000 test images. W4A4's learning rate and frozen statistics were settled
-on after its test score was seen with two others (90.02 and worse): that score is slightly optimistic. `ptq` is
+is that of the converted integer model on the 5000 test images. W4A4's learning rate was settled on
+after its test score was seen with another (90.02): that score is slightly optimistic. `ptq` is
 `nc.quantize` with the same recipe, which is also what training starts from.
 """
 

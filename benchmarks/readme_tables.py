@@ -234,6 +234,8 @@ def low_bits(document: Row) -> str:
     cells = []
     for (model, form), rows in groups.items():
         ours = [row for row in rows if row["tool"] == "narrowcast"]
+        if not ours:
+            continue
         default = [row for row in ours if row["method"] == "default"]
         base = next((f"{row['float32']:.2f}" for row in ours if "score" in row), None)
         plain = best_score((row for row in ours if row["method"] == "rtn without data"), model, named=False)
@@ -245,6 +247,7 @@ def low_bits(document: Row) -> str:
             "better) on samples that calibration did not see. Weights of attention, feed-forward and convolutions "
             "have the format, embeddings stay float32. Intervals, seconds, memory and all other recipes: "
             "[low_bits.md](benchmarks/results/low_bits.md).",
+            *document.get("skipped", ()),
             table(("model, format", "float32", "no data", "default", "best recipe", "best other tool"), cells),
             source(document, "low_bits"),
         )

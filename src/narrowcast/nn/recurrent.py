@@ -70,7 +70,36 @@ class RecurrentShape:
         return shapes
 
 
-class QuantizedRecurrent(QuantizedModule):
+class RecurrentFace:
+    """What models read off a recurrent module of torch."""
+
+    shape: RecurrentShape
+
+    @property
+    def batch_first(self) -> bool:
+        """As in torch."""
+        return self.shape.batch_first
+
+    @property
+    def hidden_size(self) -> int:
+        """As in torch."""
+        return self.shape.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """As in torch."""
+        return self.shape.num_layers
+
+    @property
+    def bidirectional(self) -> bool:
+        """As in torch."""
+        return self.shape.bidirectional
+
+    def flatten_parameters(self) -> None:
+        """Does nothing; torch's module has it, and models call it."""
+
+
+class QuantizedRecurrent(RecurrentFace, QuantizedModule):
     """An LSTM or GRU stack with quantized weights; called exactly like the torch module it stands for.
 
     Args:
@@ -140,34 +169,11 @@ class QuantizedRecurrent(QuantizedModule):
                 self.register_buffer(f"kernel_bias_{suffix}", total, persistent=False)
 
     @property
-    def batch_first(self) -> bool:
-        """As in torch."""
-        return self.shape.batch_first
-
-    @property
-    def hidden_size(self) -> int:
-        """As in torch."""
-        return self.shape.hidden_size
-
-    @property
-    def num_layers(self) -> int:
-        """As in torch."""
-        return self.shape.num_layers
-
-    @property
-    def bidirectional(self) -> bool:
-        """As in torch."""
-        return self.shape.bidirectional
-
-    @property
     def kernel(self) -> str:
         """See `QuantizedModule`."""
         if self._integer:
             return kernel_name("lstm_int8" if self.shape.cell == "LSTM" else "gru_int8")
         return f"torch {self.shape.cell.lower()}, weights dequantized at each call"
-
-    def flatten_parameters(self) -> None:
-        """Does nothing; torch's module has it, and models call it."""
 
     def forward(self, x: Tensor | PackedSequence, state: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As `nn.LSTM` and `nn.GRU`: (output, h_n) or (output, (h_n, c_n))."""

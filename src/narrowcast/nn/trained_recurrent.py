@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from narrowcast.nn.recurrent import QuantizedRecurrent
+from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentFace
 from narrowcast.nn.trained import AnyRange, TrainedModule
 from narrowcast.nn.trained_inputs import rounded
 from narrowcast.nn.trained_ranges import InputRange
 from narrowcast.nn.training import Training
 
 
-class TrainedRecurrent(TrainedModule):
+class TrainedRecurrent(RecurrentFace, TrainedModule):
     """The twin of a QuantizedRecurrent; called exactly like the torch module.
 
     Args:
@@ -54,29 +54,6 @@ class TrainedRecurrent(TrainedModule):
         biases = {n: p.detach().float().clone() for n, p in self._parameters.items() if p is not None and "bias" in n}
         specs = {name: record.spec for name, record in records.items()}
         return QuantizedRecurrent(self.shape, specs, self.activation(), records=records, biases=biases)
-
-    @property
-    def batch_first(self) -> bool:
-        """As in torch."""
-        return self.shape.batch_first
-
-    @property
-    def hidden_size(self) -> int:
-        """As in torch."""
-        return self.shape.hidden_size
-
-    @property
-    def num_layers(self) -> int:
-        """As in torch."""
-        return self.shape.num_layers
-
-    @property
-    def bidirectional(self) -> bool:
-        """As in torch."""
-        return self.shape.bidirectional
-
-    def flatten_parameters(self) -> None:
-        """Does nothing; torch's module has it, and models call it."""
 
     def trained_forward(self, x: Tensor | PackedSequence, state: Any = None) -> tuple[Any, Any]:
         """As `nn.LSTM` and `nn.GRU`."""

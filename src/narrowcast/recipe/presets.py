@@ -9,7 +9,7 @@ Why they are as they are:
 - No rule names a solver: `defaults.py` chooses by bits and data.
 - Embeddings and output heads stay in int8 in the int4 presets: they are read by every token.
 - With integer activations convolutions keep int8 weights in `dynamic-int4`: 4-bit weights per channel, which is what
-  an integer convolution can run, cost MobileNetV2 52 points of accuracy.
+  an integer convolution can run, cost MobileNetV2 52 points of accuracy when rounded to nearest without data.
 - Static inputs have one range per channel, unclipped: on MobileNetV1 that gives 32 dB at the output, one range for all
   channels 29 dB, and ranges clipped for the least square error 19 dB.
 - A tied head has one static range: a weight that is also looked up cannot take in the scales of an input.
