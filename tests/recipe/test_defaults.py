@@ -38,11 +38,12 @@ def test_the_fewer_bits_the_more_work_the_default_does(text: str, method: str) -
     assert method_of(text) == method
 
 
-def test_convolutions_of_4_bits_are_learned_block_by_block() -> None:
-    layers = TorchModel(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 3))).layers()
-    for layer in (layer for layer in layers if layer.type.startswith("Conv")):
-        for text, method in (("int4/channel", "autoround"), ("int5/channel", "gptq"), ("int8/channel", "rtn")):
-            assert next(iter(default_method(layer, QuantSpec.parse(text), multiplied=True, has_data=True))) == method
+def test_convolutions_and_recurrent_layers_are_compensated_for_at_any_few_bits() -> None:
+    for module in (nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 3), nn.Conv1d(8, 8, 3), nn.LSTM(8, 8), nn.GRU(8, 8)):
+        for layer in (layer for layer in TorchModel(nn.Sequential(module)).layers() if len(layer.shape) > 1):
+            for text, method in (("int2/channel", "gptq"), ("int5/channel", "gptq"), ("int8/channel", "rtn")):
+                chosen = default_method(layer, QuantSpec.parse(text), multiplied=True, has_data=True)
+                assert next(iter(chosen)) == method
 
 
 def test_without_data_or_products_the_default_rounds_to_nearest() -> None:
@@ -82,3 +83,23 @@ def test_with_fewer_vectors_than_inputs_the_default_rounds_to_nearest_and_says_s
         assert "40 input vectors for its 64 inputs" in row.reason
     asked = quantized([torch.randn(40, 64)], method="gptq").report
     assert {row.method.split(",")[0] for row in asked.layers if row.spec} == {"gptq"}
+
+
+class Attention(nn.Module):
+    """A part whose output is no plain product of any of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.query(x) * self.key(x))
+
+
+def test_at_2_bits_blocks_are_learned_and_a_layer_that_is_all_of_its_block_is_compensated_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), Attention(), nn.Flatten(), nn.Linear(32, 8))
+    report = nc.quantize(model, {"rule": [{"weight": "int2/group32/asym"}]}, data=[torch.randn(256, 32)]).report
+    used = {row.layer: row.method.split(",")[0] for row in report.layers if row.spec}
+    assert used.pop("3") == "gptq"
+    assert set(used.values()) == {"autoround"}

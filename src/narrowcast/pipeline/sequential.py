@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -102,7 +103,18 @@ class _Work:
         self.stream = quantized if self.sequential else reference
         self.units = job.units()
         self.homes = _homes(self.units, blocks)
+        self._compensate_alone_()
         self.notes: list[str] = []
+
+    def _compensate_alone_(self) -> None:
+        """What the default would learn by block is compensated for where it is all of its block.
+
+        Without anything behind the product, the Hessian says exactly what learning has to find out from samples.
+        """
+        alone = {path for block in self.blocks if block.layers == (block.path,) for path in block.layers}
+        for path in alone & self.units.keys():
+            rows = self.units[path]
+            self.units[path] = [replace(r, method={"gptq": {}}) if r.chosen and self._by_block(r) else r for r in rows]
 
     def paths_of(self, index: int) -> list[str]:
         """Modules that are replaced with a block: its own in the order in which they run, then others tied to them."""

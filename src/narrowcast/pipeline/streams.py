@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from narrowcast.models import Blocks, ModelBlock
 from narrowcast.models.modules import get_module
 
-MOST_ROWS = 512
+MOST_ROWS = 1024
 MOST_BYTES = 2 << 30
 # The inputs and outputs of a block are held by the float and by the quantized stream, and once more by a block solver.
 _HELD = 3
