@@ -30,7 +30,7 @@ KernelsOption = Annotated[
     str | None,
     typer.Option(
         metavar="KERNELS",
-        help="Run A on these kernels: reference (the torch bodies that define every op) or a tier of narrowcast doctor.",
+        help="Run A on these kernels: reference (torch bodies that define every op) or a tier of narrowcast doctor.",
     ),
 ]
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from narrowcast.parity.difference import Difference
 
-WIDTH = 128
+WIDTH = 150
 OUTPUT, MODEL = "(output)", "(model)"
 EQUAL, WITHIN, BEYOND, OPEN = "equal", "within bound", "BEYOND", "no bound"
 ROWS = 40  # the table shows at most this many layers; `to_dict` has all
@@ -49,9 +49,9 @@ class LayerParity:
 
     @property
     def drifted(self) -> bool:
-        """Whether its outputs differ in the artefact's own run, or alone where that is all there is."""
+        """Whether its outputs differ in the artefact's own run; else alone, else what it stores, as far as is seen."""
         seen = self.in_model or self.alone
-        return seen is not None and not seen.equal
+        return self.verdict == BEYOND if seen is None else not seen.equal
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -91,7 +91,7 @@ class Parity:
     @property
     def equal(self) -> bool:
         """Whether every layer and the output are equal bit for bit (a zero's sign does not count)."""
-        return not any(row.drifted or (row.alone is not None and not row.alone.equal) for row in self._rows())
+        return not any(row.drifted or row.verdict != EQUAL for row in self._rows())
 
     @property
     def first_difference(self) -> str | None:
@@ -160,64 +160,69 @@ def _fault(rows: tuple[LayerParity, ...]) -> str:
 
 def _origin(rows: tuple[LayerParity, ...]) -> str:
     """Where the first difference comes from: the layer itself, or what lies before it."""
-    first = next((row for row in rows if row.drifted), None)
-    if first is None:
+    index = next((index for index, row in enumerate(rows) if row.drifted), None)
+    if index is None:
         return "The models' own runs are equal; what differs does so only alone"
+    first = rows[index]
     if first.alone is not None and not first.alone.equal:
         return f"The outputs first differ at {first.layer}, and it differs alone, on the reference's inputs, too"
-    before = "what runs before it and is no common layer (functions between modules, layers without a partner)"
-    if first.alone is None:
-        return f"The outputs first differ at {first.layer}, which cannot be run alone"
-    return f"The outputs first differ at {first.layer}, but alone it is equal: the difference comes from {before}"
+    if first.layer != OUTPUT and first.alone is None:
+        return f"The first difference is in what {first.layer} stores; its outputs, inside a network, are not seen"
+    unseen = sum(row.in_model is None for row in rows[:index])
+    where = "what runs between the layers (functions that are no modules, layers without a partner)"
+    if unseen:
+        where = f"the network that {unseen} layers before it run inside of, where they hand on codes"
+    alone = "" if first.alone is None else ", but alone it is equal"
+    return f"The outputs first differ at {first.layer}{alone}: the difference comes from {where}"
 
 
 def lines(parity: Parity) -> list[str]:
-    """What stands below the table: left-out rows, the summary, the notes."""
+    """What stands below the table: left-out rows, the bounds, the summary, the notes."""
     bounds = dict.fromkeys(row.bound for row in parity._rows() if row.verdict != EQUAL or row.layer == OUTPUT)
-    hidden = len(parity.layers) - sum(len(group) == 1 for group in _groups(parity))
-    skipped = [group for group in _groups(parity) if len(group) > 1]
-    more = [f"{hidden} layers are not shown; to_dict() and --json have them all"] if skipped else []
-    more += [f"bound      {words}" for words in bounds]
-    return [*more, parity.summary(), *(f"- {note}" for note in parity.notes)]
+    hidden = sum(len(group) for group in _groups(parity) if len(group) > 1)
+    more = [f"{hidden} layers are not shown one by one; to_dict() and --json have them all"] if hidden else []
+    return [*more, *(f"bound {words}" for words in bounds), parity.summary(), *(f"- {note}" for note in parity.notes)]
 
 
 def table(parity: Parity) -> Table:
     """The layers as a rich table, in the order they run; the first difference is pointed at."""
     batches = f"{parity.batches} batch{'' if parity.batches == 1 else 'es'}"
-    title = f"{parity.artefact} against {parity.reference}, {parity.samples} samples in {batches}"
+    samples = f"{parity.samples} sample{'' if parity.samples == 1 else 's'}"
+    title = f"{parity.artefact} against {parity.reference}, {samples} in {batches}"
     grid = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
-    for name in ("", "layer", "verdict"):
-        grid.add_column(name, overflow="fold")
-    for name in ("bound", "alone: max", "SQNR", "differ", "in model: max", "SQNR", "differ"):
+    for name in ("", "layer", "verdict", "bound"):
+        grid.add_column(name, no_wrap=True)
+    for name in ("alone: max", "SQNR", "differ", "in model: max", "SQNR", "differ"):
         grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("", overflow="fold")
     for group in _groups(parity):
         if len(group) == 1:
             grid.add_row(*map(Text, _cells(group[0], parity)))
         else:
-            grid.add_row("", Text(f"... {len(group)} layers"), Text(_together(group)))
+            grid.add_row(*map(Text, _together(group)))
     if parity.output is not None:
         grid.add_row(*map(Text, _cells(parity.output, parity)))
     return grid
 
 
-def _together(group: list[LayerParity]) -> str:
-    verdicts = {row.verdict for row in group}
-    return verdicts.pop() if len(verdicts) == 1 else "none beyond"
+def _together(group: list[LayerParity]) -> list[str]:
+    """One row for several: their verdict, and the worst that drift makes of them in the model."""
+    verdicts = sorted({row.verdict for row in group})
+    seen = [row.in_model for row in group if row.in_model is not None]
+    worst = min(seen, key=lambda figures: figures.sqnr_db, default=None)
+    alone = "equal" if all(row.alone is None or row.alone.equal for row in group) else ""
+    return ["", f"... {len(group)} layers", ", ".join(verdicts), "", alone, "", "", *_figures(worst)]
 
 
 def _groups(parity: Parity) -> list[list[LayerParity]]:
-    """The rows in order, those of no interest in groups: equal ones, and the middling ones of a long list."""
-    shown = {row.layer for row in parity.layers if row.verdict == BEYOND or row.drifted}
-    if len(shown) > ROWS:
-        keep = [row.layer for row in parity.layers if row.verdict == BEYOND][: ROWS // 2]
-        keep += [name for name in (parity.first_difference,) if name]
-        noisy = sorted((row for row in parity.layers if row.alone), key=_noise)
-        keep += [row.layer for row in noisy]
-        shown = set(list(dict.fromkeys(keep))[:ROWS])
+    """The rows in order; those of no interest (equal alone, the quieter ones of a long list) in groups."""
+    asked = [row.layer for row in parity.layers if row.verdict == BEYOND][: ROWS // 2]
+    asked += [name for name in (parity.first_difference,) if name]
+    noisy = sorted((row for row in parity.layers if row.verdict != EQUAL), key=_noise)
+    shown = set(list(dict.fromkeys([*asked, *(row.layer for row in noisy)]))[:ROWS])
     groups: list[list[LayerParity]] = []
     for row in parity.layers:
-        if row.layer in shown or not groups or len(groups[-1]) == 0 or groups[-1][-1].layer in shown:
+        if row.layer in shown or not groups or groups[-1][-1].layer in shown:
             groups.append([row])
         else:
             groups[-1].append(row)

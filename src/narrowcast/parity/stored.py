@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 _NAMED = 3
+SAME = "both store the same numbers"
 
 
 def stored_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
-    """What two layers of one format store differently, in words; "" where nothing does or names do not match.
+    """What two layers of one format store differently, in words; `SAME` where nothing does.
 
     Args:
         ours: of the reference, tensors by name.
         theirs: of the artefact.
     """
     if ours.keys() != theirs.keys():
-        return ""
+        return f"stored differently: {', '.join(sorted(ours.keys() ^ theirs.keys()))} on one side only"
     found = [text for name in ours if (text := _tensor_difference(name, ours[name], theirs[name]))]
     if not found:
-        return "both store the same numbers"
+        return SAME
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return f"stored differently: {', '.join(found[:_NAMED])}{more}"
 

@@ -13,7 +13,7 @@ from narrowcast.parity.difference import Difference
 from narrowcast.parity.pairs import Pair, find_pairs
 from narrowcast.parity.parity import BEYOND, EQUAL, MODEL, OPEN, OUTPUT, WITHIN, LayerParity, Parity
 from narrowcast.parity.runtime import Runtime
-from narrowcast.parity.stored import stored_difference
+from narrowcast.parity.stored import SAME, stored_difference
 from narrowcast.parity.torch_runtime import TorchRuntime
 from narrowcast.parity.walk import Walk, Watched
 
@@ -82,7 +82,7 @@ def verify(
             walk.step(batch)
             if batch.note and batch.note not in notes:
                 notes.append(batch.note)
-        rows = tuple(_row(name, walk) for name in walk.order)
+        rows = (*_hidden_rows(walk, asked), *(_row(name, walk) for name in walk.order))
         output = _output(walk, whole, asked)
     notes += [right.note] if right.note else []
     notes += [*_kernel_notes(sides), *more, *_left_out(walk)]
@@ -129,6 +129,25 @@ def _reason(layer: Watched, verdict: str, in_model: Difference | None, walk: Wal
     return "; ".join(text for text in said if text)
 
 
+def _hidden(walk: Walk) -> dict[str, Pair]:
+    """The common layers that run inside a network of the reference, where neither inputs nor outputs are seen."""
+    idle = {name: layer.pair for name, layer in walk.layers.items() if name not in walk.order}
+    return {name: pair for name, pair in idle.items() if pair.reference.inside is not None}
+
+
+def _hidden_rows(walk: Walk, asked: Bound | None) -> list[LayerParity]:
+    """Rows of layers that can be compared by what they store only: those of one format, where equality is asked."""
+    rows = []
+    for name, pair in _hidden(walk).items():
+        formats = pair.reference.arithmetic.formats
+        if asked is None and formats == pair.artefact.arithmetic.formats:
+            said = stored_difference(walk.reference.stored(pair.reference), walk.artefact.stored(pair.artefact))
+            verdict = EQUAL if said == SAME else BEYOND
+            bound = "equal: what it stores; it runs inside a network"
+            rows.append(LayerParity(name, pair.reference.type, formats, formats, bound, None, None, verdict, said))
+    return rows
+
+
 def _output(walk: Walk, whole: Pair | None, asked: Bound | None) -> LayerParity | None:
     """The row of the models' outputs; there is none where they return no tensor."""
     seen = walk.output.result()
@@ -151,12 +170,12 @@ def _left_out(walk: Walk) -> list[str]:
     """Sentences on the common layers that were not compared, and on those that networks hide."""
     notes = []
     idle = {name: layer.pair for name, layer in walk.layers.items() if name not in walk.order}
-    hidden = {name: pair for name, pair in idle.items() if pair.reference.inside is not None}
+    hidden = _hidden(walk)
     for owner in dict.fromkeys(pair.reference.inside for pair in hidden.values()):
         count = sum(pair.reference.inside == owner for pair in hidden.values())
         notes.append(
             f"{count} layers run inside a network of the reference, where their images exist as codes only: compared "
-            f"at the output of {owner or MODEL}"
+            f"by what they store, and at the output of {owner or MODEL}"
         )
     never = [name for name in idle if name not in hidden and not idle[name].is_group]
     if never:

@@ -56,7 +56,7 @@ class Walk:
         self._runtime = type(reference) is type(artefact)
         self._kernels = self._runtime and reference.kernels == artefact.kernels
         self._calling = False  # a layer alone: sides may share modules, whose hooks must not count that call
-        self._alone: dict[str, deque[tuple[list[Tensor], Tensor | None]]] = defaultdict(deque)
+        self._alone: dict[str, deque[tuple[list[Tensor], Tensor | None] | Exception]] = defaultdict(deque)
         self._expected: dict[str, deque[list[Tensor]]] = defaultdict(deque)
 
     def bound_of(self, pair: Pair, *, half: bool = False) -> Bound | None:
@@ -102,11 +102,8 @@ class Walk:
         try:
             output = self.artefact.call(unit, *copied((args, kwargs)))
         except (RuntimeError, TypeError, ValueError, IndexError, NarrowcastError) as error:
-            raise ModelError(
-                f"layer {name!r} of the artefact ({unit.type}) does not take what the reference's "
-                f"({layer.pair.reference.type}) gets in batch {self.batches}: {_first_line(error)}; the two are of "
-                "different structure, so compare a model with what was made of that very model"
-            ) from error
+            self._alone[name].append(error)  # it may be the inputs' fault: then the reference refuses them as well
+            return
         finally:
             self._calling = False
         products = self.artefact.products(unit, args) if layer.bound and layer.bound.of_products else None
@@ -114,15 +111,20 @@ class Walk:
 
     def left(self, name: str, output: Any) -> None:
         """The reference leaves a layer: compare, and keep its output for the artefact's run."""
-        if (
-            self._calling or not self._alone[name]
-        ):  # the end of a layer ran without its beginning: there is nothing to compare
+        if self._calling or not self._alone[name]:  # the end of a layer may run without its beginning
             return
         layer = self.layers[name]
         if name not in self.order:  # by leaving: a group of layers comes behind what it is made of
             self.order.append(name)
         expected = [tensor.detach().clone() for tensor in tensors_of(output)]
-        got, products = self._alone[name].popleft()
+        called = self._alone[name].popleft()
+        if isinstance(called, Exception):
+            raise ModelError(
+                f"layer {name!r} of the artefact ({layer.pair.artefact.type}) does not take what the reference's "
+                f"({layer.pair.reference.type}) gets in batch {self.batches}: {_first_line(called)}; the two are of "
+                "different structure, so compare a model with what was made of that very model"
+            ) from called
+        got, products = called
         where = f"layer {name!r}, alone, in batch {self.batches}"
         self._compare(where, layer.alone, expected, got, layer.bound or NO_BOUND, products)
         self._expected[name].append(expected)
