@@ -55,6 +55,11 @@ class Bound:
     of_products: float = 0.0
     sqnr_db: float | None = None
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing may differ."""
+        return self.sqnr_db is None and not (self.absolute or self.relative or self.of_largest or self.of_products)
+
     def limit(self, magnitude: Tensor, largest: float, products: Tensor | None) -> Tensor:
         """[...] the most that each number may differ by, from its magnitude and those of its products."""
         total = magnitude * self.relative + (self.absolute + self.of_largest * largest)
@@ -65,6 +70,7 @@ class Bound:
 
 EXACT = Bound("equal: the same integer arithmetic")
 SAME_KERNELS = Bound("equal: the same float kernels on the same weights")
+ALL_EXACT = Bound("equal: as all layers must be")
 # docs/numerics.md, "Activation functions": 2e-7 of it is the kernels' polynomial, the rest torch's own rounding.
 BEHIND = Bound("1.5e-6 + 1e-6 |y|: {} by the kernel's polynomial", absolute=1.5e-6, relative=1e-6)
 # docs/numerics.md, "Float inputs": 2^-16 of the products for each side; bfloat16 rounds both inputs and outputs.
@@ -112,7 +118,7 @@ def bound_for_output(layers: list[Bound | None]) -> Bound | None:
     """What the model's output may differ by, from the bounds of its layers; None where one of them has none."""
     if any(bound is None for bound in layers):
         return None
-    return EXACT if all(bound in (EXACT, SAME_KERNELS) for bound in layers) else CODES
+    return ALL_EXACT if all(bound in (EXACT, SAME_KERNELS) for bound in layers) else CODES
 
 
 _DECIBEL = re.compile(r"\s*(\d+(?:\.\d+)?)\s*dB\s*", re.IGNORECASE)

@@ -21,7 +21,8 @@ class Difference:
     Args:
         elements: numbers compared.
         differing: of these, numbers that are not equal (a zero's sign does not count).
-        beyond: of these, numbers farther apart than the bound allows each of them to be.
+        beyond: of these, numbers farther apart than the bound allows each of them to be; 0 where it allows or forbids
+            nothing to single numbers (no bound, or one in decibel).
         max_absolute: the largest difference, in units of the output.
         sqnr_db: energy of the reference's outputs over energy of the differences, decibel; inf where all are equal.
         first_batch: the first batch with a difference, from 0; None where all are equal.
@@ -46,7 +47,9 @@ class Difference:
 
     def within(self, bound: Bound) -> bool:
         """Whether the bound that the figures were taken under holds."""
-        return self.sqnr_db >= bound.sqnr_db if bound.sqnr_db is not None else self.beyond == 0
+        if bound.sqnr_db is not None:
+            return self.sqnr_db >= bound.sqnr_db
+        return self.equal if bound.is_exact else self.beyond == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,18 +68,21 @@ class Tally:
         self.largest = self.signal = self.noise = 0.0
         self.first_batch: int | None = None
 
-    def add(self, expected: Tensor, got: Tensor, bound: Bound, batch: int, products: Tensor | None = None) -> None:
+    def add(
+        self, expected: Tensor, got: Tensor, bound: Bound | None, batch: int, products: Tensor | None = None
+    ) -> None:
         """Count one pair of tensors of one shape.
 
         Args:
             expected: [...] what the reference gave.
             got: [...] what the artefact gave; infinities stand in the same places.
-            bound: what each number may differ by.
+            bound: what each number may differ by; None where nothing is said of it.
             batch: index of the batch.
             products: [...] sum of the magnitudes of the products behind each number, where the bound asks for it.
         """
         self.elements += expected.numel()
-        top = float(expected.abs().max()) if bound.of_largest and expected.numel() else 0.0
+        counted = bound if bound is not None and bound.sqnr_db is None else None
+        top = float(expected.abs().max()) if counted is not None and counted.of_largest and expected.numel() else 0.0
         parts = (t.reshape(-1).split(_PIECE) for t in (expected, got))
         magnitudes = None if products is None else products.reshape(-1).split(_PIECE)
         for index, (ours, theirs) in enumerate(zip(*parts, strict=True)):
@@ -85,9 +91,10 @@ class Tally:
             if torch.equal(ours, theirs):
                 continue
             gap = (exact - theirs.double().masked_fill(theirs.isinf(), 0.0)).abs()
-            limit = bound.limit(exact.abs(), top, None if magnitudes is None else magnitudes[index].double())
             self.differing += int((gap > 0).sum())
-            self.beyond += int((gap > limit).sum())
+            if counted is not None:
+                limit = counted.limit(exact.abs(), top, None if magnitudes is None else magnitudes[index].double())
+                self.beyond += int((gap > limit).sum())
             self.largest = max(self.largest, float(gap.max()))
             self.noise += float(gap.square().sum())
             if self.first_batch is None and bool((gap > 0).any()):

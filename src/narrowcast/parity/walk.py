@@ -21,8 +21,6 @@ from narrowcast.parity.pairs import Pair
 from narrowcast.parity.runtime import Runtime
 from narrowcast.parity.tensors import check_alike, copied, half_inputs, tensors_of
 
-NO_BOUND = Bound("none")
-
 
 class Watched:
     """What is known of one layer.
@@ -74,7 +72,7 @@ class Walk:
         del expected
         with self.artefact.watching(theirs, _Artefact(self)):
             got = tensors_of(self._run("artefact", self.artefact, batch))
-        self._compare(f"the output of batch {self.batches}", self.output, outputs, got, self.asked or NO_BOUND)
+        self._compare(f"the output of batch {self.batches}", self.output, outputs, got, self.asked)
         self._check_counts()
         self.batches += 1
         self.samples += batch.samples
@@ -126,7 +124,7 @@ class Walk:
             ) from called
         got, products = called
         where = f"layer {name!r}, alone, in batch {self.batches}"
-        self._compare(where, layer.alone, expected, got, layer.bound or NO_BOUND, products)
+        self._compare(where, layer.alone, expected, got, layer.bound, products)
         self._expected[name].append(expected)
         layer.ran[0] += 1
 
@@ -136,10 +134,10 @@ class Walk:
         layer.ran[1] += 1
         if self._expected[name]:
             where = f"layer {name!r} in batch {self.batches}"
-            self._compare(where, layer.in_model, self._expected[name].popleft(), tensors_of(output), NO_BOUND)
+            self._compare(where, layer.in_model, self._expected[name].popleft(), tensors_of(output), None)
 
     def _compare(
-        self, where: str, tally: Tally, expected: list[Tensor], got: list[Tensor], bound: Bound,
+        self, where: str, tally: Tally, expected: list[Tensor], got: list[Tensor], bound: Bound | None,
         products: Tensor | None = None,
     ) -> None:  # fmt: skip
         check_alike(where, expected, got)
