@@ -10,6 +10,7 @@ from tests.pipeline.models import example
 from torch import Tensor, nn
 
 import narrowcast as nc
+from narrowcast.nn import QuantizedConv
 
 
 def quantized(name: str, preset: str, **more: Any) -> tuple[nn.Module, nn.Module, list[Tensor]]:
@@ -25,6 +26,8 @@ def with_other_scale(model: nn.Module, path: str, factor: float = 1.25) -> nn.Mo
     layer: Any = made.get_submodule(path)
     layer.restore_layout_()
     layer.weight_scale[0] *= factor
+    if isinstance(layer, QuantizedConv):  # it derives what its kernel reads once
+        layer.kernel_scale[0] *= factor
     layer.prepare_()
     return made
 

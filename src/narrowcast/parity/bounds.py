@@ -78,7 +78,7 @@ PRODUCTS = Bound("2^-15 sum |x w|: float inputs, summed in another order", of_pr
 HALF = Bound("2^-6 sum |x w|: 16-bit float inputs", of_products=2.0**-6, of_largest=2.0**-7)
 FLOATS = Bound("1e-5 of max |y|: float32 rounding", of_largest=1e-5)
 # A code that lies on a rounding boundary may fall either way, and what follows sees another code there. No bound can be
-# proved for what a model makes of that; this line is 5 dB below the least that the kit's networks show.
+# proved for what a model makes of that; 24.7 dB is the least that the kit's networks show (docs/decisions.md).
 CODES = Bound("20 dB: codes on a rounding boundary may fall either way", sqnr_db=20.0)
 
 
