@@ -326,3 +326,19 @@ def test_layers_that_only_one_model_has_are_noted() -> None:
     longer.extra = nn.Linear(8, 8)
     parity = nc.verify(model, longer, DATA)
     assert parity.ok and "only the artefact has extra: not compared by themselves" in parity.notes
+
+
+def test_a_compiled_model_is_compared_by_the_layers_it_was_made_from() -> None:
+    parity = nc.verify(chain(), torch.compile(chain()), DATA)
+    assert parity.equal and any("is compiled: its layers were run eagerly" in note for note in parity.notes)
+
+
+def test_an_exported_program_has_no_layers_to_compare() -> None:
+    exported = torch.export.export(chain(), (DATA[0],)).module()
+    with pytest.raises(ModelError, match=r"common layers ran: .* or compare outputs by nc.compare"):
+        nc.verify(exported, chain(), DATA)
+
+
+def test_layers_that_get_nothing_are_equal() -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    assert nc.verify(model, model, lambda module: module(torch.empty(0, 8))).equal

@@ -64,7 +64,7 @@ class Tally:
     """Adds up the figures of a `Difference`."""
 
     def __init__(self) -> None:
-        self.elements = self.differing = self.beyond = 0
+        self.calls = self.elements = self.differing = self.beyond = 0
         self.largest = self.signal = self.noise = 0.0
         self.first_batch: int | None = None
 
@@ -80,6 +80,7 @@ class Tally:
             batch: index of the batch.
             products: [...] sum of the magnitudes of the products behind each number, where the bound asks for it.
         """
+        self.calls += 1
         self.elements += expected.numel()
         counted = bound if bound is not None and bound.sqnr_db is None else None
         top = float(expected.abs().max()) if counted is not None and counted.of_largest and expected.numel() else 0.0
@@ -102,7 +103,7 @@ class Tally:
 
     def result(self) -> Difference | None:
         """The figures; None where nothing was compared."""
-        if not self.elements:
+        if not self.calls:
             return None
         decibel = math.inf
         if self.noise:

@@ -14,10 +14,13 @@ from narrowcast.errors import ModelError
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Every tensor of an output with numbers to compare, in order."""
-    if isinstance(output, PackedSequence):
-        return [output.data]
-    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in tree_leaves(output)]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in tree_leaves(output, _is_packed)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def copied(value: Any) -> Any:

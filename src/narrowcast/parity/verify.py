@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from narrowcast.data import iterate
+from narrowcast.errors import ModelError
 from narrowcast.evaluate import Opened, evaluating, open_side
 from narrowcast.kernels import check_kernels
 from narrowcast.parity.bounds import Bound, bound_for_output, parse_tolerance
@@ -70,8 +72,8 @@ def verify(
     asked = None if tolerance is None else parse_tolerance(tolerance)
     for name in kernels:
         check_kernels(name)
-    left = open_side(reference, None, role=NAMES[0])
-    right = open_side(artefact, left, role=NAMES[1])
+    left = _plain(open_side(reference, None, role=NAMES[0]))
+    right = _plain(open_side(artefact, left, role=NAMES[1]))
     models = dict(zip(NAMES, (left.model, right.model), strict=True))
     with evaluating(models) as notes:
         sides = [_runtime(side, name) for side, name in zip((left, right), kernels, strict=True)]
@@ -82,13 +84,28 @@ def verify(
             walk.step(batch)
             if batch.note and batch.note not in notes:
                 notes.append(batch.note)
+        if not walk.order and not _hidden(walk):
+            raise ModelError(
+                f"none of the {len(pairs)} common layers ran: {left.name} does not call its layers as modules (an "
+                "exported program does not), or the data does not reach them; give the model it was made from, or "
+                "compare outputs by nc.compare"
+            )
         rows = (*_hidden_rows(walk, asked), *(_row(name, walk) for name in walk.order))
         output = _output(walk, whole, asked)
-    notes += [right.note] if right.note else []
+    notes += [side.note for side in (left, right) if side.note]
     notes += [*_kernel_notes(sides), *more, *_left_out(walk)]
     if output is None:
         notes.append("the models returned no tensor: only their layers were compared")
     return Parity(left.name, right.name, rows, output, walk.batches, walk.samples, tuple(notes))
+
+
+def _plain(side: Opened) -> Opened:
+    """The model that torch.compile wrapped: only it calls its layers one by one, by their own names."""
+    wrapped = side.model._modules.get("_orig_mod")
+    if wrapped is None:
+        return side
+    note = f"{side.name} is compiled: its layers were run eagerly"
+    return replace(side, model=wrapped, note="; ".join(text for text in (side.note, note) if text))
 
 
 def _runtime(side: Opened, kernels: str | None) -> Runtime:
