@@ -28,7 +28,7 @@ FLOORS = (
     {"data"},
     {"models"},
     {"recipe"},
-    {"planning", "pipeline", "qat", "tune", "evaluate", "verify", "export"},
+    {"planning", "pipeline", "qat", "tune", "evaluate", "parity", "export"},
     {"demo"},
     {"cli", "__main__"},
 )

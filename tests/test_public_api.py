@@ -12,8 +12,8 @@ import pytest
 import narrowcast as nc
 
 NAMES = {
-    "plan", "quantize", "compare", "save", "load", "kernels", "qat",
-    "Plan", "Quantized", "Comparison", "Report", "Recipe", "Rule",
+    "plan", "quantize", "compare", "verify", "save", "load", "kernels", "qat",
+    "Plan", "Quantized", "Comparison", "Parity", "Report", "Recipe", "Rule",
     "NarrowcastError", "FormatError", "RecipeError", "ModelError", "DataError", "CheckpointError", "KernelError",
     "ContractError", "__version__",
 }  # fmt: skip
@@ -35,6 +35,7 @@ def test_signatures_are_those_of_the_design() -> None:
     quantize = ["model", "recipe", "data", "*strict", "*min_coverage", "*inplace", "*progress", "*resume"]
     assert names(nc.quantize) == quantize
     assert names(nc.compare)[:4] == ["reference", "candidate", "data", "metric"]
+    assert names(nc.verify) == ["reference", "artefact", "data", "*tolerance", "*kernels"]
     assert names(nc.save) == ["quantized", "directory"]
     assert names(nc.load)[:2] == ["directory", "into"]
     defaults = {name: p.default for name, p in inspect.signature(nc.quantize).parameters.items()}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from narrowcast import kernels, qat
     from narrowcast.evaluate import Comparison, compare
     from narrowcast.export import load, save
+    from narrowcast.parity import Parity, verify
     from narrowcast.pipeline import Quantized, quantize
     from narrowcast.planning import Plan, plan
     from narrowcast.recipe import Recipe, Rule
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "Comparison": "evaluate",
+    "Parity": "parity",
     "Plan": "planning",
     "Quantized": "pipeline",
     "Recipe": "recipe",
@@ -48,6 +50,7 @@ _ROOMS = {
     "plan": "planning",
     "quantize": "pipeline",
     "save": "export",
+    "verify": "parity",
 }
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "KernelError",
     "ModelError",
     "NarrowcastError",
+    "Parity",
     "Plan",
     "Quantized",
     "Recipe",
@@ -73,6 +77,7 @@ __all__ = [
     "qat",
     "quantize",
     "save",
+    "verify",
 ]
 
 

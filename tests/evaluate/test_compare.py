@@ -99,7 +99,7 @@ def test_the_models_are_left_as_they_were(data: Any) -> None:
 
 
 def test_what_is_no_model_is_refused(data: Any) -> None:
-    with pytest.raises(ModelError, match=r"cannot compare int; pass an nn\.Module"):
+    with pytest.raises(ModelError, match=r"the reference is int; pass an nn\.Module"):
         compare(3, classifier(), data)
 
 

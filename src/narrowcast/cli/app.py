@@ -18,6 +18,7 @@ from narrowcast.cli.plan import plan
 from narrowcast.cli.quantize import quantize
 from narrowcast.cli.show import RangeCommand, show
 from narrowcast.cli.size import size
+from narrowcast.cli.verify import verify
 
 app = typer.Typer(
     name="narrowcast",
@@ -59,6 +60,7 @@ def register(name: str, command: Callable[..., Any], **settings: Any) -> None:
 register("plan", plan)
 register("quantize", quantize)
 register("compare", compare)
+register("verify", verify)
 register("inspect", inspect)
 register("bench", bench)
 register("show", show, cls=RangeCommand, context_settings={"ignore_unknown_options": True})  # numbers may be negative

@@ -4,6 +4,19 @@ from narrowcast.evaluate.compare import compare, machine
 from narrowcast.evaluate.comparison import Comparison, Side
 from narrowcast.evaluate.interval import Estimate
 from narrowcast.evaluate.judge import OutputDifference, Score
+from narrowcast.evaluate.opened import Opened, evaluating, open_side
 from narrowcast.evaluate.sources import open_model
 
-__all__ = ["Comparison", "Estimate", "OutputDifference", "Score", "Side", "compare", "machine", "open_model"]
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "Opened",
+    "OutputDifference",
+    "Score",
+    "Side",
+    "compare",
+    "evaluating",
+    "machine",
+    "open_model",
+    "open_side",
+]

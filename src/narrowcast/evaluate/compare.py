@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +11,16 @@ import torch
 from torch import nn
 
 from narrowcast.data import Batch
-from narrowcast.errors import CheckpointError, ModelError
 from narrowcast.evaluate import energy, latency
 from narrowcast.evaluate.comparison import Comparison, Side
 from narrowcast.evaluate.disk import file_bytes, state_bytes
 from narrowcast.evaluate.judge import MetricChoice, judge
+from narrowcast.evaluate.opened import Opened, evaluating, open_side
 from narrowcast.evaluate.process import PROCESSES, ProcessMeasure, measure
-from narrowcast.evaluate.sources import kind, open_model
+from narrowcast.evaluate.sources import kind
 
 IN_MEMORY = "the model exists only in this process; pass a path to measure it in a fresh one"
 NAMES = ("reference", "candidate")
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A model and where it came from; `architecture` is the factory that a fresh process loads a checkpoint into."""
-
-    name: str
-    model: nn.Module
-    source: str | None
-    architecture: str | None = None
-    note: str = ""
 
 
 def compare(
@@ -73,9 +59,9 @@ def compare(
         >>> result.outputs.max_absolute
         0.0
     """
-    left = _open(reference, None)
-    right = _open(candidate, left)
-    with _evaluating(left.model, right.model) as notes, torch.inference_mode():
+    left = open_side(reference, None, role=NAMES[0])
+    right = open_side(candidate, left, role=NAMES[1])
+    with evaluating(dict(zip(NAMES, (left.model, right.model), strict=True))) as notes, torch.inference_mode():
         judged = judge(left.model, right.model, data, metric)
         notes += [right.note] if right.note else []
         notes += judged.notes
@@ -105,27 +91,6 @@ def compare(
     )
 
 
-def _open(source: Any, reference: _Opened | None) -> _Opened:
-    if isinstance(source, nn.Module):
-        return _Opened(type(source).__name__, source, None)
-    model = getattr(source, "model", None)
-    if isinstance(model, nn.Module):
-        return _Opened(f"{type(model).__name__}, quantized", model, None)
-    if not isinstance(source, str | Path):
-        raise ModelError(
-            f"cannot compare {type(source).__name__}; pass an nn.Module, what nc.quantize returned, or a path"
-        )
-    try:
-        return _Opened(str(source), open_model(source), str(source))
-    except CheckpointError:
-        if reference is None or kind(source) != "checkpoint":
-            raise
-        copied = open_model(source, copy.deepcopy(reference.model))
-        architecture = reference.source if reference.source and kind(reference.source) == "factory" else None
-        note = "the candidate's checkpoint holds no architecture: it was loaded into a copy of the reference"
-        return _Opened(str(source), copied, str(source), architecture, note)
-
-
 def _is_code(source: str | None) -> bool:
     """Whether a model has no files of its own: given in memory or made by a factory."""
     return source is None or kind(source) == "factory"
@@ -135,33 +100,12 @@ def _runner(batch: Batch, model: nn.Module) -> Callable[[], object]:
     return lambda: batch.run(model)
 
 
-def _fresh(side: _Opened, batch: Batch, processes: int) -> ProcessMeasure:
+def _fresh(side: Opened, batch: Batch, processes: int) -> ProcessMeasure:
     if side.source is None:
         return ProcessMeasure(reason=IN_MEMORY)
     if processes < 1:
         return ProcessMeasure(reason="not asked for")
     return measure(side.source, batch, architecture=side.architecture, processes=processes)
-
-
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[list[str]]:
-    """Both models in eval mode, put back afterwards; yields notes, with one if a model was in training mode."""
-    training = [module for model in models for module in model.modules() if module.training]
-    notes = []
-    for name, model in zip(NAMES, models, strict=True):
-        if any(module.training for module in model.modules()) and not _is_exported(model):
-            notes.append(f"the {name} was in training mode and was compared in eval mode")
-    for module in training:
-        module.training = False
-    try:
-        yield notes
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _is_exported(model: nn.Module) -> bool:
-    return isinstance(model, torch.fx.GraphModule)
 
 
 def machine() -> dict[str, str]:

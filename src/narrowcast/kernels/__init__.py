@@ -6,7 +6,18 @@ Importing this package defines the operators and loads the native library. It kn
 from __future__ import annotations
 
 from narrowcast.kernels.capability import Capability, capability, set_isa
+from narrowcast.kernels.forced import check_kernels, running_on
 from narrowcast.kernels.op import TIERS, Op
 from narrowcast.kernels.ops import OPS, kernel_name
 
-__all__ = ["OPS", "TIERS", "Capability", "Op", "capability", "kernel_name", "set_isa"]
+__all__ = [
+    "OPS",
+    "TIERS",
+    "Capability",
+    "Op",
+    "capability",
+    "check_kernels",
+    "kernel_name",
+    "running_on",
+    "set_isa",
+]

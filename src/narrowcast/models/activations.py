@@ -69,6 +69,6 @@ def fuse_activations_(model: nn.Module, pairs: Mapping[str, str]) -> list[str]:
         linear, activation = get_module(model, linear_path), get_module(model, path)
         if isinstance(linear, QuantizedLinear):
             linear.fused = activation_name(activation)
-            replace_everywhere_(model, activation, FusedActivation(linear_path))
+            replace_everywhere_(model, activation, FusedActivation(linear_path).train(activation.training))
             fused.append(linear_path)
     return fused

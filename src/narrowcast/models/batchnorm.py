@@ -98,7 +98,7 @@ def fold_(model: nn.Module, report: FoldReport) -> nn.Module:
             weight = _input_channels_first(weight, convolution)
         convolution.weight = nn.Parameter(weight, requires_grad=False)
         convolution.bias = nn.Parameter(bias, requires_grad=False)
-        model = replace_everywhere_(model, norm, FoldedBatchNorm(convolution_path))
+        model = replace_everywhere_(model, norm, FoldedBatchNorm(convolution_path).train(norm.training))
     return model
 
 

@@ -1,0 +1,79 @@
+"""The two models of a comparison: opened from whatever names them, and held in evaluation mode while it lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.evaluate.sources import kind, open_model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and where it came from; `architecture` is the factory that a fresh process loads a checkpoint into."""
+
+    name: str
+    model: nn.Module
+    source: str | None
+    architecture: str | None = None
+    note: str = ""
+
+
+def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
+    """The model that `source` is or names.
+
+    Args:
+        source: an nn.Module, a Quantized, or a path or factory as in `evaluate.sources`.
+        reference: into a copy of which a checkpoint without an architecture is loaded; None where there is none.
+        role: what the model is called in messages.
+
+    Raises:
+        ModelError, CheckpointError: it cannot be opened.
+    """
+    if isinstance(source, nn.Module):
+        return Opened(type(source).__name__, source, None)
+    model = getattr(source, "model", None)
+    if isinstance(model, nn.Module):
+        return Opened(f"{type(model).__name__}, quantized", model, None)
+    if not isinstance(source, str | Path):
+        raise ModelError(
+            f"the {role} is {type(source).__name__}; pass an nn.Module, what nc.quantize returned, or a path"
+        )
+    try:
+        return Opened(str(source), open_model(source), str(source))
+    except CheckpointError:
+        if reference is None or kind(source) != "checkpoint":
+            raise
+        copied = open_model(source, copy.deepcopy(reference.model))
+        architecture = reference.source if reference.source and kind(reference.source) == "factory" else None
+        note = f"the {role}'s checkpoint holds no architecture: it was loaded into a copy of the reference"
+        return Opened(str(source), copied, str(source), architecture, note)
+
+
+@contextlib.contextmanager
+def evaluating(models: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Models in evaluation mode, put back afterwards; yields notes, with one for each that was in training mode.
+
+    Args:
+        models: what each is called in notes -> the model.
+    """
+    training = [module for model in models.values() for module in model.modules() if module.training]
+    notes = []
+    for name, model in models.items():
+        if any(module.training for module in model.modules()) and not isinstance(model, torch.fx.GraphModule):
+            notes.append(f"the {name} was in training mode and was compared in eval mode")
+    for module in training:
+        module.training = False
+    try:
+        yield notes
+    finally:
+        for module in training:
+            module.training = True
