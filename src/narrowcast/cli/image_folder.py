@@ -52,7 +52,9 @@ class ImageFolder:
     def digest(self) -> str:
         """SHA-256 of the files' names, sizes and classes, and of how they are read; not of their pixels."""
         facts = [(path.name, path.stat().st_size, label) for path, label in self.files]
-        return hashlib.sha256(repr((facts, self.options.side, self.options.mean, self.options.std)).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((facts, self.options.side, self.options.mean, self.options.std)).encode()
+        ).hexdigest()
 
     def _batch(self, rows: Sequence[tuple[Path, int]]) -> Any:
         import torch

@@ -96,6 +96,10 @@ class TokenRows:
             chosen = [row | {"attention_mask": [1] * n} for row, n in zip(chosen, lengths, strict=True)]
         return {name: _padded([row[name] for row in chosen], -100 if name == labels else 0) for name in chosen[0]}
 
+    def subset(self, rows: Sequence[int]) -> TokenRows:
+        """The samples with these numbers, nothing padded."""
+        return TokenRows([self.rows[row] for row in rows], self.batch_size)
+
     def digest(self) -> str:
         """SHA-256 of the samples."""
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
@@ -106,7 +110,11 @@ def _padded(values: list[Any], fill: int) -> Tensor:
     import torch
 
     rows = [torch.tensor(value) for value in values]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill) if rows[0].ndim else torch.stack(rows)
+    return (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        if rows[0].ndim
+        else torch.stack(rows)
+    )
 
 
 def _lengths(row: dict[str, Any]) -> dict[str, int]:

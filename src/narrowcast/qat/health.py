@@ -88,7 +88,7 @@ class Health:
             ),
             (
                 f"use less than {1 - _DEAD:.0%} of their input's codes",
-                [f"{row.layer} ({1 - row.dead_codes:.0%})" for row in self.layers if (row.dead_codes or 0) > _DEAD],
+                [f"{row.layer} ({1 - dead:.0%})" for row in self.layers if (dead := row.dead_codes or 0.0) > _DEAD],
                 "most of their range is dead: calibrate it by mse or percentile",
             ),
             (

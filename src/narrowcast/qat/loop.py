@@ -43,6 +43,7 @@ class Progress:
         epoch: the one that is trained in, from 1 on.
         epochs: of the whole training; None where that is not known.
         loss: of the last step; None before the first of a run.
+        mean_loss: of the steps since the last evaluation or checkpoint; None where neither has just been made.
         rate: learning rate of the last step.
         score: of an evaluation that has just been made, else None.
         best: the best score so far, and its step; None before the first evaluation.
@@ -54,6 +55,7 @@ class Progress:
     epoch: int
     epochs: int | None
     loss: float | None = None
+    mean_loss: float | None = None
     rate: float = 0.0
     score: float | None = None
     best: tuple[float, int] | None = None
@@ -157,6 +159,7 @@ class _Run:
         self.recent: list[float] = []
         self.health: Health | None = None
         self.generators: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
+        self.last_loss: float | None = None
         self.rate = settings.lr
         self.written: int | None = None
         epoch = self.order.per_epoch or self.total
@@ -179,7 +182,8 @@ class _Run:
     def train(self) -> Fitted:
         """All steps that are left."""
         if self.resumed is None:
-            self._evaluate()
+            score = self._evaluate()
+            self._tell(score, saved=False)
         self.freeze.apply(self.model.train(), self.step)
         while not self._finished():
             self._epoch()
@@ -228,25 +232,30 @@ class _Run:
         self.optimizer.step()
         self.step, self.taken = self.step + 1, self.taken + 1
         self.recent.append(value)
-        self.rate = rate
+        self.last_loss, self.rate = value, rate
 
     def _after_step(self) -> None:
         """Look, evaluate and write where it is time for that."""
         at_end = self.step >= self.total
-        loss = self.recent[-1]
         score = self._evaluate() if at_end or self.step % self.evaluate_every == 0 else None
         finished = self._finished()
         if finished or self.step % self.look_every == 0:
+            self._check_finite()
             self.health = report(self.model)
         saved = self.folder is not None and (finished or self.step % self.checkpoint_every == 0)
         if saved:
             self._write(finished=finished)
-        if self.tell is not None:
-            best = None if self.best.score is None else (self.best.score, self.best.step)
-            epochs = self.order.per_epoch and math.ceil(self.total / self.order.per_epoch)
-            self.tell(
-                Progress(self.step, self.total, self.epoch + 1, epochs, loss, self.rate, score, best, saved)
-            )
+        self._tell(score, saved=saved)
+
+    def _tell(self, score: float | None, *, saved: bool) -> None:
+        if self.tell is None:
+            return
+        best = None if self.best.score is None else (self.best.score, self.best.step)
+        epochs = self.order.per_epoch and math.ceil(self.total / self.order.per_epoch)
+        mean = self.losses[-1][1] if self.losses and self.losses[-1][0] == self.step else None
+        self.tell(
+            Progress(self.step, self.total, self.epoch + 1, epochs, self.last_loss, mean, self.rate, score, best, saved)
+        )
 
     def _evaluate(self) -> float | None:
         if self.evaluate is None:

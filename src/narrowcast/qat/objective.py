@@ -115,7 +115,7 @@ def class_loss(given: Answer, where: str) -> Tensor:
     if isinstance(targets, Tensor) and targets.ndim == given.tensor.ndim and targets.shape[-1] == 1:
         targets = targets.squeeze(-1)
     dimension = class_dimension(given.tensor, targets)
-    if dimension is None or bool(((targets < 0) & (targets != IGNORED)).any()):
+    if dimension is None or not isinstance(targets, Tensor) or bool(((targets < 0) & (targets != IGNORED)).any()):
         found = "none" if targets is None else _labels_text(targets)
         raise DataError(
             f"{where}: class labels are integers from 0 on, one for each row of the output "

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -90,14 +91,25 @@ class Order:
         except TypeError:
             return None
 
+    def sample(self, samples: int) -> Any:
+        """About so many samples that the first epoch begins with, to calibrate on; sequences are not padded."""
+        if isinstance(self.data, Indexed):
+            rows = torch.randperm(len(self.data), generator=self._generator(0))[:samples]
+            if hasattr(self.data, "subset"):
+                return self.data.subset(rows.tolist())
+            return [self.data.take(part.tolist()) for part in rows.split(self.batch_size)]
+        return list(islice(self.epoch(0), max(1, samples // self.batch_size)))
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * _SEEDS + number)
+
     def epoch(self, number: int, *, skip: int = 0, ready: Callable[[], None] | None = None) -> Iterator[Any]:
         """The batches of one epoch, as `narrowcast.data.iterate` takes them, without the first `skip`.
 
         Seeds the global generators before the first batch is read, and calls `ready` before the first that is given.
         """
         seed_everything(self.seed * _SEEDS + number)
-        order = torch.Generator().manual_seed(self.seed * _SEEDS + number)
-        batches = self._batches(order, skip)
+        batches = self._batches(self._generator(number), skip)
         if ready is not None:
             ready()
         yield from batches
@@ -161,7 +173,7 @@ class _DatasetRows:
 
 
 class _TextRows:
-    """Strings; where the model takes no mask, shorter ones are padded on the right and labelled as not to be learned."""
+    """Strings; where the model takes no mask, they are padded on the right and the padding labelled to be left out."""
 
     def __init__(self, texts: Texts, model: nn.Module) -> None:
         self.texts, self.model = texts, model
@@ -182,9 +194,9 @@ class _TextRows:
         labels = pad([row[ids][0] for row in named], batch_first=True, padding_value=-100)
         return (padded[""], labels) if ids == "" else {**padded, "labels": labels}
 
-    def digest(self) -> str:
-        """SHA-256 of the strings."""
-        return hashlib.sha256(repr(list(self.texts.strings)).encode()).hexdigest()
+    def subset(self, rows: Sequence[int]) -> Texts:
+        """The texts with these numbers."""
+        return replace(self.texts, strings=[self.texts.strings[row] for row in rows])
 
 
 def _is_table(data: Any) -> bool:
