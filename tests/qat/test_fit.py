@@ -24,7 +24,7 @@ from narrowcast.qat.saved import FILE, Folder
 RUN = str(Path(fit_run.__file__))
 
 
-class Stop(Exception):
+class StopError(Exception):
     """An interruption that a test makes."""
 
 
@@ -35,14 +35,14 @@ def run(work: Path | None = None, *, stop_after: int = 0, resume: bool = False, 
 
     def tell(now: nc.qat.Progress) -> None:
         if stop_after and now.step == stop_after:
-            raise Stop
+            raise StopError
 
     try:
         fitted = nc.qat.fit(
             model, Noisy(), settings(**more), teacher=teacher, evaluate=evaluate, work=work, resume=resume, tell=tell,
             made_from=made_from,
         )  # fmt: skip
-    except Stop:
+    except StopError:
         return None
     return model, fitted
 
@@ -71,7 +71,7 @@ def test_evaluation_and_writing_change_nothing_in_training():
     seen: list[float] = []
 
     def draws_numbers(model: nn.Module) -> float:
-        seen.append(float(torch.rand(())) + random.random() + float(np.random.rand()))
+        seen.append(float(torch.rand(())) + random.random() + float(np.random.rand()))  # noqa: NPY002
         return len(seen)  # ever better: the last state is the best
 
     watched, _ = run(evaluate=draws_numbers, evaluate_every=1)
@@ -117,7 +117,7 @@ def test_a_failing_disk_leaves_the_old_state(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("narrowcast.qat.saved.save_file", full)
-    with pytest.raises(nc.CheckpointError, match="cannot be written.*No space left"):
+    with pytest.raises(nc.CheckpointError, match=r"cannot be written.*No space left"):
         run(tmp_path, resume=True, checkpoint_every=2)
     assert (tmp_path / FILE).read_bytes() == before
 

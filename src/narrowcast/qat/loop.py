@@ -240,8 +240,8 @@ class _Run:
         score = self._evaluate() if at_end or self.step % self.evaluate_every == 0 else None
         finished = self._finished()
         if finished or self.step % self.look_every == 0:
-            self._check_finite()
-            self.health = report(self.model)
+            with self._diverging():
+                self.health = report(self.model)
         saved = self.folder is not None and (finished or self.step % self.checkpoint_every == 0)
         if saved:
             self._write(finished=finished)
@@ -260,8 +260,7 @@ class _Run:
     def _evaluate(self) -> float | None:
         if self.evaluate is None:
             return None
-        self._check_finite()
-        with undisturbed():
+        with undisturbed(), self._diverging():
             score = float(self.evaluate(self.model.eval()))
         self.model.train()
         self.scores.append((self.step, score))
@@ -278,6 +277,18 @@ class _Run:
         bad = next((name for name, p in self.model.named_parameters() if not all_finite(p.detach())), None)
         if bad is not None:
             raise self._diverged(f"{bad} is not finite after step {self.step}")
+
+    @contextmanager
+    def _diverging(self) -> Iterator[None]:
+        """An error of a model that has taken steps is one of its training."""
+        if self.step == 0:
+            yield
+            return
+        self._check_finite()
+        try:
+            yield
+        except ModelError as error:
+            raise self._diverged(f"after step {self.step}: {str(error).split(';')[0]}") from error
 
     def _diverged(self, what: str) -> ModelError:
         good = "no state was written before"
