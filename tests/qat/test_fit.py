@@ -207,7 +207,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_state(tmp_pat
         run(tmp_path, lr=1e30, optimizer="sgd", checkpoint_every=1)
     message = str(caught.value)
     assert "training has diverged" in message and "Lower the learning rate (1e+30)" in message
-    kept = Folder(tmp_path, {})
+    kept = Folder(tmp_path, {}, settings())
     state = kept.read() if kept.path.exists() else None
     if state is not None:
         assert f"the last good state is of step {state.said['step']}, in {tmp_path}" in message

@@ -64,6 +64,7 @@ def choose_metric(metric: str | None, goal: str | None, model: nn.Module, data: 
     from narrowcast.data import Pairs, iterate, repeatable
     from narrowcast.evaluate.answers import answer
     from narrowcast.evaluate.metrics import METRICS, NAMES, SPEARMAN, built_in
+    from narrowcast.evaluate.score import score_of
 
     if goal is not None and goal not in GOALS:
         raise DataError(f"--goal {goal!r}: choose from {', '.join(GOALS)}")
@@ -76,9 +77,11 @@ def choose_metric(metric: str | None, goal: str | None, model: nn.Module, data: 
         with torch.inference_mode():
             first = next(iterate(data, model))
             chosen, note = ("difference", "") if first.call else built_in(model, answer(first, model))
+    if isinstance(chosen, str) and chosen not in NAMES:
+        raise DataError(f"--metric {chosen!r}: choose from {', '.join(NAMES)}, or give package.module:function")
+    if not isinstance(data, Pairs):
+        score_of(model, [next(iterate(data, model))], chosen, reference=model)  # whether they fit each other
     if isinstance(chosen, str):
-        if chosen not in NAMES:
-            raise DataError(f"--metric {chosen!r}: choose from {', '.join(NAMES)}, or give package.module:function")
         row = METRICS.get(chosen)
         higher = True if row is None else bool(row.higher_is_better)
         share = row is not None and row.unit == "share"

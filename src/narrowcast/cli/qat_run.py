@@ -137,8 +137,23 @@ def open_all(asked: Asked) -> Opened:
         made_from |= {"evaluation data": digest_of(evaluation), "metric": f"{metric.name} {metric.higher}"}
         notes += [metric.note] if metric.note else []
     loss = None if asked.loss is None else import_object(asked.loss)
-    found = Folder(asked.state, made_from).check(resume=asked.resume)
+    _try_first_batch(model, order, asked.settings, loss)
+    found = Folder(asked.state, made_from, asked.settings).check(resume=asked.resume)
     return Opened(model, rules, data, order, calibration, evaluation, metric, loss, made_from, found, notes)
+
+
+def _try_first_batch(model: nn.Module, order: Order, settings: FitSettings, loss: Callable[..., Any] | None) -> None:
+    """Find out before the long part whether the data can be learned from."""
+    from narrowcast.data import iterate
+    from narrowcast.qat.objective import Objective
+    from narrowcast.qat.saved import undisturbed
+
+    with undisturbed():
+        first = next(iterate(order.epoch(0), model))
+        objective = Objective(
+            model, first, teacher=model, distill=settings.distill, temperature=settings.temperature, loss=loss
+        )
+        objective(model, first, "training data, first batch")
 
 
 def prepared(opened: Opened, asked: Asked, output: Output) -> nn.Module:

@@ -8,23 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from narrowcast.core import all_finite
 from narrowcast.data import Batch, iterate
-from narrowcast.errors import CheckpointError, DataError, ModelError
+from narrowcast.errors import DataError, ModelError
 from narrowcast.nn.trained_ranges import WeightRange
 from narrowcast.qat.early import Best
 from narrowcast.qat.health import Health, health_state, load_health_state_, report
 from narrowcast.qat.objective import Loss, Objective
 from narrowcast.qat.order import Order
-from narrowcast.qat.saved import Folder, Saved, random_state, restore_random_state
+from narrowcast.qat.saved import Folder, Saved, random_state, restore_random_state, undisturbed
 from narrowcast.qat.settings import FitSettings
 from narrowcast.qat.state import unwrapped
 
@@ -127,7 +126,7 @@ def fit(
     settings = FitSettings() if settings is None else settings
     if settings.distill and teacher is None:
         raise DataError("distill is not 0 and there is no teacher; pass the float model as teacher, or distill=0")
-    folder = None if work is None else Folder(work, made_from or {})
+    folder = None if work is None else Folder(work, made_from or {}, settings)
     found = None if folder is None else folder.check(resume=resume)
     unwrapped(model)
     teacher = None if teacher is None else teacher.eval()
@@ -135,6 +134,7 @@ def fit(
     run.begin_(teacher, loss)
     if folder is not None and found is not None:
         run.restore_(folder.read())
+        run.notes += folder.changed(found)
     return run.train()
 
 
@@ -314,21 +314,16 @@ class _Run:
         tensors = {f"{part}/{k}": v for part, values in parts.items() for k, v in values.items() if k not in optimizer}
         said = {
             "step": self.step, "epoch": self.epoch, "taken": self.taken, "finished": finished,
-            "settings": asdict(self.settings), "best": self.best.to_dict(), "losses": self.losses,
-            "scores": self.scores, "random": generators, "optimizer": optimizer, "threads": torch.get_num_threads(),
+            "best": self.best.to_dict(), "losses": self.losses,
+            "scores": self.scores, "random": generators, "optimizer": optimizer,
             "health": None if self.health is None else self.health.to_dict(),
         }  # fmt: skip
         self.folder.write(said, tensors)
         self.written = self.step
 
     def restore_(self, saved: Saved) -> None:
-        """Go on from a state. Changes the model, the optimizer and the generators.
-
-        Raises:
-            CheckpointError: the state was made with other settings that decide the order of the data.
-        """
+        """Go on from a state. Changes the model, the optimizer and the generators."""
         said = saved.said
-        self._compare_settings(said)
         self.step, self.epoch, self.taken = said["step"], said["epoch"], said["taken"]
         self.resumed = self.written = self.step
         self.model.load_state_dict(saved.part("model"))
@@ -347,23 +342,6 @@ class _Run:
         self.health = None if said["health"] is None else Health.from_dict(said["health"])
         self.generators = said["random"], saved.part("random")
 
-    def _compare_settings(self, said: Mapping[str, Any]) -> None:
-        before, now = said["settings"], asdict(self.settings)
-        changed = {name for name in now if before.get(name) != now[name]}
-        if fixed := sorted(changed & {"batch_size", "seed", "optimizer"}):
-            assert self.folder is not None
-            raise CheckpointError(
-                f"{self.folder.path.parent}: was trained with {fixed[0]} {before.get(fixed[0])}, not {now[fixed[0]]}; "
-                f"resume with that, or name another directory to start anew"
-            )
-        for name in sorted(changed):
-            self.notes.append(f"{name} was {before.get(name)} up to step {said['step']} and is {now[name]} from there")
-        if said["threads"] != torch.get_num_threads():
-            self.notes.append(
-                f"the state was trained with {said['threads']} threads, now there are {torch.get_num_threads()}: "
-                "results may differ in their last bits from those of a run that was not interrupted"
-            )
-
 
 def _followed(model: nn.Module) -> dict[str, Tensor]:
     """What frozen ranges that follow their weights hold on to, by path; a state_dict does not have it."""
@@ -375,13 +353,3 @@ def _range(model: nn.Module, path: str) -> WeightRange:
     found = model.get_submodule(path)
     assert isinstance(found, WeightRange)
     return found
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave the global generators as they were found, whatever is drawn inside."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(*state)

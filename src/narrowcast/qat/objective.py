@@ -72,13 +72,14 @@ class Objective:
                 "answer; pass batches"
             )
         with torch.no_grad():
-            task = _TASKS.get(built_in(model, answer(first, model))[0])
-        if task is None and self.teacher is None:
-            targets = first.targets
-            found = f"targets {list(targets.shape)}" if isinstance(targets, Tensor) else "no targets"
+            given = answer(first, model)
+        task = _TASKS.get(built_in(model, given)[0])
+        if task is None and (self.teacher is None or (self.distill < 1 and first.targets is not None)):
+            found = "no targets" if first.targets is None else f"targets {_labels_text(first.targets)}"
             raise DataError(
-                f"training data has {found} that are neither class labels of the output nor token ids, so there is "
-                "no loss; add labels, learn from the float model alone (distill 1), or give a loss of your own"
+                f"training data has {found}, and the output is {list(given.tensor.shape)}: neither class labels from "
+                "0 on nor token ids, so there is no loss; mend the labels, learn from the float model alone "
+                "(distill 1), or give a loss of your own"
             )
         if task is None and self.distill < 1:
             self.distill = 1.0

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.qat.settings import FitSettings
 
 FILE = "training.safetensors"
+_FIXED = ("batch_size", "seed", "optimizer")  # the order of the data, and what the optimizer remembers
 _VERSION = 1
 
 
@@ -49,10 +52,11 @@ class Folder:
     Args:
         directory: made when the first file is written.
         made_from: hashes of what the run depends on: model, recipe, data.
+        settings: of the training.
     """
 
-    def __init__(self, directory: str | Path, made_from: Mapping[str, str]) -> None:
-        self.path, self.made_from = Path(directory) / FILE, dict(made_from)
+    def __init__(self, directory: str | Path, made_from: Mapping[str, str], settings: FitSettings) -> None:
+        self.path, self.made_from, self.settings = Path(directory) / FILE, dict(made_from), asdict(settings)
 
     def check(self, *, resume: bool) -> dict[str, Any] | None:
         """What is said in the file that a run would go on from; None where it begins anew.
@@ -97,7 +101,8 @@ class Folder:
             CheckpointError: the disk refuses; the old file is still there.
             ModelError: something is no tensor.
         """
-        document = {"version": _VERSION, "made_from": self.made_from, **said}
+        settings, threads = self.settings, torch.get_num_threads()
+        document = {"version": _VERSION, "made_from": self.made_from, "settings": settings, "threads": threads, **said}
         directory = self.path.parent
         beside = directory / f".{FILE}.{os.getpid()}"
         try:
@@ -121,6 +126,28 @@ class Folder:
                 f"{self.path.parent}: the state there was trained with another {' and another '.join(other)}; go on "
                 "with the same, or name another directory to start anew"
             )
+        before = said.get("settings", {})
+        fixed = next((name for name in _FIXED if before.get(name) != self.settings[name]), None)
+        if fixed is not None:
+            raise CheckpointError(
+                f"{self.path.parent}: the state there was trained with {fixed} {before.get(fixed)}, not "
+                f"{self.settings[fixed]}; go on with that, or name another directory to start anew"
+            )
+
+    def changed(self, said: Mapping[str, Any]) -> list[str]:
+        """Sentences on what is different from when a state was written, and may be."""
+        before = said["settings"]
+        notes = [
+            f"{name} was {before.get(name)} up to step {said['step']} and is {value} from there"
+            for name, value in self.settings.items()
+            if before.get(name) != value
+        ]
+        if said["threads"] != torch.get_num_threads():
+            notes.append(
+                f"the state was trained with {said['threads']} threads, now there are {torch.get_num_threads()}: "
+                "results may differ in their last bits from those of a run that was not interrupted"
+            )
+        return notes
 
 
 def _said(path: Path) -> dict[str, Any]:
@@ -185,3 +212,13 @@ def restore_random_state(said: Mapping[str, Any], tensors: Mapping[str, Tensor])
     random.setstate((version, tuple(tensors["random"].tolist()), following))
     for index in range(sum(name.startswith("cuda") for name in tensors)):
         torch.cuda.set_rng_state(tensors[f"cuda{index}"], index)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the global generators as they were found, whatever is drawn inside."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(*state)
