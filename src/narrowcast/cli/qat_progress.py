@@ -53,11 +53,12 @@ class TrainingProgress:
             return
         if self.first is None:
             self.first, self.started = now.step, time.monotonic()
-        if now.score is not None:
-            self._line(self._evaluated(now))
+        heard = now.score is not None or now.mean_loss is not None
+        if heard:
+            self._line(self._heard(now))
         if self.bar is not None:
             self.bar.update(self.task, completed=now.step, total=now.steps, description=escape(self._where(now)))
-        elif now.score is None and time.monotonic() - self.printed > _BETWEEN_LINES:
+        elif not heard and time.monotonic() - self.printed > _BETWEEN_LINES:
             self._line(self._where(now))
 
     def _line(self, text: str) -> None:
@@ -70,14 +71,16 @@ class TrainingProgress:
         best = f", best {self._score(now.best[0])}" if now.best is not None else ""
         return f"step {now.step} of {now.steps}{epoch}{loss}{best}{self._left(now)}"
 
-    def _evaluated(self, now: Step) -> str:
-        assert now.score is not None and self.metric is not None
-        if now.step == 0:
-            return f"before training: {self.metric.name} {self._score(now.score)} (post-training quantization)"
+    def _heard(self, now: Step) -> str:
+        """What an evaluation says, or, without one, the mean loss."""
+        name = "" if self.metric is None else self.metric.name
+        if now.step == 0 and now.score is not None:
+            return f"before training: {name} {self._score(now.score)} (post-training quantization)"
         news = " (best so far)" if now.best is not None and now.best[1] == now.step else ""
         loss = "" if now.mean_loss is None else f", mean loss {now.mean_loss:.4g}"
+        score = "" if now.score is None else f", {name} {self._score(now.score)}{news}"
         left = self._left(now) if self.bar is None else ""
-        return f"step {now.step} of {now.steps}{loss}, {self.metric.name} {self._score(now.score)}{news}{left}"
+        return f"step {now.step} of {now.steps}{loss}{score}{left}"
 
     def _score(self, value: float) -> str:
         return f"{value:.5g}" if self.metric is None else self.metric.text(value)

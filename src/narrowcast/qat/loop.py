@@ -42,7 +42,7 @@ class Progress:
         epoch: the one that is trained in, from 1 on.
         epochs: of the whole training; None where that is not known.
         loss: of the last step; None before the first of a run.
-        mean_loss: of the steps since the last evaluation or checkpoint; None where neither has just been made.
+        mean_loss: of the steps since it was last given: where an evaluation is due and at the end; else None.
         rate: learning rate of the last step.
         score: of an evaluation that has just been made, else None.
         best: the best score so far, and its step; None before the first evaluation.
@@ -69,7 +69,7 @@ class Fitted:
         steps: done, of all that were planned.
         planned: steps.
         resumed: the step that it went on from; None where it began anew.
-        losses: (step, mean loss since the last entry), at evaluations and checkpoints.
+        losses: (step, mean loss since the last entry), where an evaluation is due and at the end.
         scores: (step, score) of every evaluation; step 0 is before training.
         best: (score, step) of the state that the model has now; None without evaluation.
         stopped_early: whether patience ended.
@@ -156,7 +156,7 @@ class _Run:
         self.resumed: int | None = None
         self.losses: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []
-        self.recent: list[float] = []
+        self.recent, self.counted = 0.0, 0  # sum and number of losses since the last mean
         self.health: Health | None = None
         self.generators: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
         self.last_loss: float | None = None
@@ -231,13 +231,13 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step, self.taken = self.step + 1, self.taken + 1
-        self.recent.append(value)
+        self.recent, self.counted = self.recent + value, self.counted + 1
         self.last_loss, self.rate = value, rate
 
     def _after_step(self) -> None:
         """Look, evaluate and write where it is time for that."""
-        at_end = self.step >= self.total
-        score = self._evaluate() if at_end or self.step % self.evaluate_every == 0 else None
+        due = self.step >= self.total or self.step % self.evaluate_every == 0
+        score, mean = (self._evaluate(), self._mean_loss()) if due else (None, None)
         finished = self._finished()
         if finished or self.step % self.look_every == 0:
             with self._diverging():
@@ -245,14 +245,13 @@ class _Run:
         saved = self.folder is not None and (finished or self.step % self.checkpoint_every == 0)
         if saved:
             self._write(finished=finished)
-        self._tell(score, saved=saved)
+        self._tell(score, mean, saved=saved)
 
-    def _tell(self, score: float | None, *, saved: bool) -> None:
+    def _tell(self, score: float | None, mean: float | None = None, *, saved: bool) -> None:
         if self.tell is None:
             return
         best = None if self.best.score is None else (self.best.score, self.best.step)
         epochs = self.order.per_epoch and math.ceil(self.total / self.order.per_epoch)
-        mean = self.losses[-1][1] if self.losses and self.losses[-1][0] == self.step else None
         self.tell(
             Progress(self.step, self.total, self.epoch + 1, epochs, self.last_loss, mean, self.rate, score, best, saved)
         )
@@ -264,14 +263,14 @@ class _Run:
             score = float(self.evaluate(self.model.eval()))
         self.model.train()
         self.scores.append((self.step, score))
-        self._flush_losses()
         self.best.see(self.model, score, self.step)
         return score
 
-    def _flush_losses(self) -> None:
-        if self.recent:
-            self.losses.append((self.step, sum(self.recent) / len(self.recent)))
-            self.recent.clear()
+    def _mean_loss(self) -> float:
+        mean = self.recent / self.counted
+        self.losses.append((self.step, mean))
+        self.recent, self.counted = 0.0, 0
+        return mean
 
     def _check_finite(self) -> None:
         bad = next((name for name, p in self.model.named_parameters() if not all_finite(p.detach())), None)
@@ -302,7 +301,6 @@ class _Run:
     def _write(self, *, finished: bool) -> None:
         assert self.folder is not None
         self._check_finite()
-        self._flush_losses()
         generators, generator_tensors = random_state()
         state = self.optimizer.state_dict()["state"]
         parts = {
@@ -315,6 +313,7 @@ class _Run:
         said = {
             "step": self.step, "epoch": self.epoch, "taken": self.taken, "finished": finished,
             "best": self.best.to_dict(), "losses": self.losses,
+            "recent": [self.recent, self.counted],
             "scores": self.scores, "random": generators, "optimizer": optimizer,
             "health": None if self.health is None else self.health.to_dict(),
         }  # fmt: skip
@@ -326,6 +325,7 @@ class _Run:
         said = saved.said
         self.step, self.epoch, self.taken = said["step"], said["epoch"], said["taken"]
         self.resumed = self.written = self.step
+        self.recent, self.counted = said["recent"]
         self.model.load_state_dict(saved.part("model"))
         for path, share in saved.part("followed").items():
             _range(self.model, path)._followed = share.to(next(self.model.parameters()).device)
