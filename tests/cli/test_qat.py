@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -279,10 +278,29 @@ def test_a_state_directory_that_is_a_file_is_not_touched(train, here):
     assert (here / "out.training").read_text() == "mine"
 
 
+def test_a_quantized_checkpoint_is_no_start(train, refused, images, recipe):
+    assert train("--steps", 1).code == 0
+    said = refused("qat", "out", "-r", recipe, "-d", images, "-o", "two")
+    assert "training starts from the float model that it was made of" in said
+
+
+def test_an_interruption_says_where_the_state_is(train, monkeypatch):
+    def interrupted(self, now):
+        if now.step == 2:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr("narrowcast.cli.qat_progress.TrainingProgress._where", interrupted)
+    monkeypatch.setattr("narrowcast.cli.qat_progress._BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("narrowcast.cli.qat_progress.TrainingProgress._heard", lambda self, now: "")
+    answer = train("--steps", 6, "--checkpoint-every", 1)
+    assert answer.code == 130
+    assert "the state of step 2 is in out.training: the same command with --resume goes on from there" in answer.err
+
+
 def test_an_out_directory_with_other_files_is_not_touched(train, here):
     (here / "out").mkdir()
     (here / "out" / "thesis.tex").write_text("mine")
     answer = train("--steps", 1)
     assert answer.code == 2 and "is not empty and no narrowcast checkpoint" in answer.err
     assert (here / "out" / "thesis.tex").read_text() == "mine"
-    shutil.rmtree(here / "out")

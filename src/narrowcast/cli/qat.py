@@ -99,7 +99,8 @@ def _trained(output: Output, opened: Opened, asked: Asked, model: Any) -> Traine
     from narrowcast.cli.qat_progress import TrainingProgress
     from narrowcast.cli.qat_run import train
 
-    with TrainingProgress(output, opened.metric) as progress:
+    begin = opened.found["step"] if opened.found else None
+    with TrainingProgress(output, opened.metric, begin) as progress:
         try:
             return train(opened, asked, model, progress)
         except KeyboardInterrupt:

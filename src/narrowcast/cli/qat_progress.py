@@ -24,14 +24,18 @@ class TrainingProgress:
     Args:
         output: where to; nothing is shown under `--quiet` and `--json`.
         metric: how scores are written.
+        resumed: the step of the state that training goes on from, or None.
+
+    Attributes:
+        last_saved: the step of the last state that was written, or None.
     """
 
-    def __init__(self, output: Output, metric: MetricInWords | None) -> None:
+    def __init__(self, output: Output, metric: MetricInWords | None, resumed: int | None) -> None:
         self.output, self.metric, self.bar = output, metric, None
         self.started = self.printed = time.monotonic()
         self.first: int | None = None
         self.task = TaskID(0)
-        self.last_saved: int | None = None
+        self.last_saved = resumed
         if output.progress and output.notes.is_terminal:
             columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
             self.bar = Progress(*columns, console=output.notes, transient=True)
@@ -39,7 +43,7 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         if self.bar is not None:
             self.bar.start()
-            self.task = self.bar.add_task("evaluating the start", total=None)
+            self.task = self.bar.add_task("getting ready", total=None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -109,13 +109,18 @@ def open_all(asked: Asked) -> Opened:
         NarrowcastError: of the first thing that is wrong.
     """
     from narrowcast.cli.datasets import open_data
-    from narrowcast.cli.sources import import_object, open_model
+    from narrowcast.cli.sources import check_source, import_object, open_model
     from narrowcast.export import source_hash
     from narrowcast.qat.order import Order, digest_of
     from narrowcast.qat.saved import Folder
     from narrowcast.recipe import load_recipe
 
     rules = load_recipe(asked.recipe)
+    if check_source(asked.model) == "checkpoint":
+        raise ModelError(
+            f"{asked.model} is a narrowcast checkpoint, whose weights are quantized; training starts from the float "
+            "model that it was made of"
+        )
     model = open_model(asked.model).model
     data = open_data(asked.data, asked.options, model=asked.model)
     order = Order(data, asked.settings.batch_size, asked.settings.seed, model)
