@@ -31,7 +31,7 @@ def qat(
     goal: o.GoalOption = None, loss: o.LossOption = None, epochs: o.EpochsOption = None, steps: o.StepsOption = None,
     batch_size: BatchOption = 32, lr: o.RateOption = 1e-4, optimizer: o.OptimizerOption = "adamw",
     weight_decay: o.DecayOption = 1e-4, seed: o.SeedOption = 0, distill: o.DistillOption = 0.5,
-    temperature: o.TemperatureOption = 2.0, freeze_after: o.FreezeOption = 0.7,
+    temperature: o.TemperatureOption = 2.0, freeze_after: o.FreezeOption = 0.0,
     freeze_ranges_after: o.FreezeRangesOption = 1.0, patience: o.PatienceOption = None,
     eval_every: o.EvalEveryOption = None, checkpoint_every: o.CheckpointOption = None, state: o.StateOption = None,
     resume: o.ResumeOption = False, limit: LimitOption = None, eval_limit: o.EvalLimitOption = None,
@@ -45,9 +45,9 @@ def qat(
     training is written as it goes: after a crash the same command with --resume ends with the same weights.
 
     Examples:
-        narrowcast qat my_package.models:build -r w4a4.toml -d train.npz --eval-data test.npz --epochs 5 -o my-w4a4
+        narrowcast qat my_nets:build -r w4a4.toml -d train.npz --eval-data test.npz --epochs 5 -o my-w4a4
+        narrowcast qat my_nets:build -r w2a4.toml -d photos/ --lr 1e-3 --freeze-after 0.7 --resume -o my-w2a4
         narrowcast qat ./my-llama -r weight-int4 -d texts.txt --steps 500 --lr 1e-5 -o my-int4
-        narrowcast qat my_package.models:build -r w2a4.toml -d photos/ --epochs 20 --patience 3 --resume -o my-w2a4
     """
     output = Output(as_json=as_json, quiet=quiet)
     given = data_options(batch_size, limit, tokenizer, mean, std, image_size)

@@ -36,7 +36,8 @@ class FitSettings:
         seed: of the order of samples, and of dropout and augmentation.
         distill: 0..1, weight of the float model's answers as targets; the rest is the task's own loss.
         temperature: of these targets.
-        freeze_after: 0..1, share of the steps after which BatchNorms keep their statistics; 1 never.
+        freeze_after: 0..1, share of the steps after which BatchNorms keep their statistics; 1 never. 0 keeps the
+            float model's, which is best where training starts close to it; at 2 bits statistics may have to move.
         freeze_ranges_after: 0..1, likewise for ranges.
         patience: evaluations in a row without a better score after which training ends; None trains to the end.
         evaluate_every: steps between evaluations; None evaluates once an epoch.
@@ -55,7 +56,7 @@ class FitSettings:
     seed: int = 0
     distill: float = 0.5
     temperature: float = 2.0
-    freeze_after: float = 0.7
+    freeze_after: float = 0.0
     freeze_ranges_after: float = 1.0
     patience: int | None = None
     evaluate_every: int | None = None
