@@ -15,6 +15,7 @@ from narrowcast.cli.demo import demo
 from narrowcast.cli.doctor import doctor
 from narrowcast.cli.inspect import inspect
 from narrowcast.cli.plan import plan
+from narrowcast.cli.qat import qat
 from narrowcast.cli.quantize import quantize
 from narrowcast.cli.show import RangeCommand, show
 from narrowcast.cli.size import size
@@ -59,6 +60,7 @@ def register(name: str, command: Callable[..., Any], **settings: Any) -> None:
 
 register("plan", plan)
 register("quantize", quantize)
+register("qat", qat)
 register("compare", compare)
 register("verify", verify)
 register("inspect", inspect)

@@ -65,6 +65,10 @@ class Output:
         if not self.quiet:
             self.notes.print(escape(text), style="dim", soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Tell the user what is doubtful about the result, also under `--quiet`."""
+        self.notes.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
     def json(self, value: Any) -> None:
         """Print the result as JSON when `--json` was given."""
         if self.as_json:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ SideOption = Annotated[
     int | None, typer.Option("--image-size", help="Resize the shorter side of images, then cut the centre.", min=1)
 ]
 INPUTS = ("images", "x", "inputs", "input")
+ROWS_HASHED = 1024
 TARGETS = ("labels", "label", "targets", "target", "y")
 
 
@@ -100,13 +102,33 @@ class ArrayBatches:
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, self.samples, self.options.batch_size):
-            rows = slice(start, min(start + self.options.batch_size, self.samples))
-            if isinstance(self.inputs, Mapping):
-                batch: Any = {name: to_input(array[rows], self.options) for name, array in self.inputs.items()}
-                yield batch if self.targets is None else batch | {"labels": _integers(self.targets[rows])}
-                continue
-            values = to_input(self.inputs[rows], self.options)
-            yield values if self.targets is None else (values, _integers(self.targets[rows]))
+            yield self._batch(slice(start, min(start + self.options.batch_size, self.samples)))
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """The batch of the samples with these numbers."""
+        return self._batch(list(rows))
+
+    def digest(self) -> str:
+        """SHA-256 of everything that a batch depends on."""
+        named = self.inputs if isinstance(self.inputs, Mapping) else {"": self.inputs}
+        parts = [*named.items(), *([] if self.targets is None else [("targets", self.targets)])]
+        found = hashlib.sha256(f"{self.samples} {self.options.mean} {self.options.std}".encode())
+        for name, array in parts:
+            found.update(f"{name} {array.dtype} {array.shape[1:]}".encode())
+            for start in range(0, self.samples, ROWS_HASHED):
+                found.update(array[start : min(start + ROWS_HASHED, self.samples)].tobytes())
+        return found.hexdigest()
+
+    def _batch(self, rows: slice | list[int]) -> Any:
+        targets = None if self.targets is None else _integers(self.targets[rows])
+        if isinstance(self.inputs, Mapping):
+            batch: Any = {name: to_input(array[rows], self.options) for name, array in self.inputs.items()}
+            return batch if targets is None else batch | {"labels": targets}
+        values = to_input(self.inputs[rows], self.options)
+        return values if targets is None else (values, targets)
 
 
 def open_data(text: str, options: DataOptions, *, model: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +39,30 @@ class ImageFolder:
             raise DataError("a folder of images needs Pillow: pip install pillow; or save the images as .npz") from None
 
     def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.files), self.options.batch_size):
+            yield self._batch(self.files[start : start + self.options.batch_size])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """The batch of the images with these numbers."""
+        return self._batch([self.files[row] for row in rows])
+
+    def digest(self) -> str:
+        """SHA-256 of the files' names, sizes and classes, and of how they are read; not of their pixels."""
+        facts = [(path.name, path.stat().st_size, label) for path, label in self.files]
+        return hashlib.sha256(
+            repr((facts, self.options.side, self.options.mean, self.options.std)).encode()
+        ).hexdigest()
+
+    def _batch(self, rows: Sequence[tuple[Path, int]]) -> Any:
         import torch
 
-        for start in range(0, len(self.files), self.options.batch_size):
-            rows = self.files[start : start + self.options.batch_size]
-            images = self._batch([path for path, _ in rows])
-            yield (images, torch.tensor([label for _, label in rows])) if self.labelled else images
+        images = self._images([path for path, _ in rows])
+        return (images, torch.tensor([label for _, label in rows])) if self.labelled else images
 
-    def _batch(self, paths: list[Path]) -> Tensor:
+    def _images(self, paths: list[Path]) -> Tensor:
         import torch
 
         from narrowcast.cli.datasets import normalize

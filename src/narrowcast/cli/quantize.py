@@ -65,7 +65,7 @@ def quantize(
         narrowcast quantize ./my-llama -r weight-int4 -d texts.txt -o my-int4 --strict --report report.json
     """
     output = Output(as_json=as_json, quiet=quiet)
-    _check_destinations(out, report)
+    check_destinations(out, report)
     options = data_options(batch_size, limit, tokenizer, mean, std, image_size)
     with output.working(f"opening {model}"):
         import narrowcast as nc
@@ -90,7 +90,7 @@ def quantize(
         _show(output, result.report, out)
 
 
-def _check_destinations(out: Path, report: Path | None) -> None:
+def check_destinations(out: Path, report: Path | None) -> None:
     """Find out before the work what would fail after it; `nc.save` checks again."""
     from narrowcast.export.checkpoint_schema import DESCRIPTION
 

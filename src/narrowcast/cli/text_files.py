@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrowcast.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from narrowcast.cli.datasets import DataOptions
 
 TEXT_KEYS = ("text", "sentence", "content")
@@ -33,12 +36,23 @@ class LabelledTexts:
         self.texts, self.labels, self.tokenizer, self.batch_size = texts, labels, tokenizer, batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self.texts), self.batch_size):
+            yield self.take(range(start, min(start + self.batch_size, len(self.texts))))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The batch of the texts with these numbers."""
         import torch
 
-        for start in range(0, len(self.texts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            encoded = self.tokenizer(self.texts[rows], padding=True, truncation=True, return_tensors="pt")
-            yield {**encoded, "labels": torch.tensor(self.labels[rows])}
+        texts = [self.texts[row] for row in rows]
+        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return {**encoded, "labels": torch.tensor([self.labels[row] for row in rows])}
+
+    def digest(self) -> str:
+        """SHA-256 of texts and labels."""
+        return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
 
 class TokenRows:
@@ -58,6 +72,49 @@ class TokenRows:
                 batch = []
             if row is not None:
                 batch.append(row)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The batch of the samples with these numbers; lists of different lengths are padded.
+
+        Zeros on the right, labels of -100, which count for nothing. Where a sample's labels are no list, an attention
+        mask is added: only a causal model whose own tokens are what it learns never looks at what is on the right.
+        """
+        import torch
+
+        chosen = [self.rows[row] for row in rows]
+        lengths = [max(_lengths(row).values()) for row in chosen]
+        if len(set(lengths)) == 1:
+            return {name: torch.tensor([row[name] for row in chosen]) for name in chosen[0]}
+        labels = next((name for name in LABEL_KEYS if name in chosen[0]), None)
+        if labels is None:
+            ids = next(name for name, value in chosen[0].items() if isinstance(value, list))
+            chosen, labels = [row | {"labels": row[ids]} for row in chosen], "labels"
+        elif not isinstance(chosen[0][labels], list) and "attention_mask" not in chosen[0]:
+            chosen = [row | {"attention_mask": [1] * n} for row, n in zip(chosen, lengths, strict=True)]
+        return {name: _padded([row[name] for row in chosen], -100 if name == labels else 0) for name in chosen[0]}
+
+    def subset(self, rows: Sequence[int]) -> TokenRows:
+        """The samples with these numbers, nothing padded."""
+        return TokenRows([self.rows[row] for row in rows], self.batch_size)
+
+    def digest(self) -> str:
+        """SHA-256 of the samples."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+
+
+def _padded(values: list[Any], fill: int) -> Tensor:
+    """[samples, longest] or, of single numbers, [samples]."""
+    import torch
+
+    rows = [torch.tensor(value) for value in values]
+    return (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        if rows[0].ndim
+        else torch.stack(rows)
+    )
 
 
 def _lengths(row: dict[str, Any]) -> dict[str, int]:

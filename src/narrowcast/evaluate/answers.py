@@ -39,10 +39,10 @@ class Answer:
 
     @property
     def token_ids(self) -> Tensor | None:
-        """[B, T] integer token ids among the inputs, or None."""
+        """[B, T] integer token ids among the inputs, or None: `input_ids`, else the first input."""
         found = self.batch.kwargs.get("input_ids")
-        if found is None and self.batch.args:
-            found = self.batch.args[0]
+        if found is None:
+            found = next(iter((*self.batch.args, *self.batch.kwargs.values())), None)
         is_ids = isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point()
         return found if is_ids else None
 

@@ -190,7 +190,7 @@ def _check_finite(reference: Answer, candidate: Answer, index: int) -> None:
 
 def _judge_batches(reference: nn.Module, candidate: nn.Module, data: Any, metric: MetricChoice) -> Judged:
     notes: list[str] = []
-    if callable(metric) and _takes_model(metric):
+    if callable(metric) and takes_model(metric):
         score: Score | None = _score_of_models(reference, candidate, metric)
         notes.append("the metric runs the model by itself, so there are no samples to resample and no interval")
         chosen: Metric | None = None
@@ -240,7 +240,7 @@ def _judge_call(
     return Judged(score, meter.result(None), batch, tuple(notes))
 
 
-def _takes_model(metric: Callable[..., Any]) -> bool:
+def takes_model(metric: Callable[..., Any]) -> bool:
     """Whether a metric has one required parameter, the model, and not two, outputs and targets."""
     parameters = inspect.signature(metric).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

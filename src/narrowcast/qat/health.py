@@ -26,6 +26,9 @@ _MOMENTUM = 0.1
 # A code that flips back in more than this share of looks oscillates (the paper freezes weights beyond such a bound).
 _OSCILLATES = 0.05
 _KEPT = "_narrowcast_last_look"
+# What `warnings` speaks up about. Healthy networks of 2 to 8 bits are well below.
+_MANY, _CLIPPED, _DEAD = 0.05, 0.1, 0.75
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,38 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {"layers": [asdict(row) for row in self.layers]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Health:
+        """What `to_dict` described."""
+        return cls([LayerHealth(**row) for row in values["layers"]])
+
+    def warnings(self) -> list[str]:
+        """One sentence for each thing that is wrong, with the layers that it is wrong with."""
+        found = [
+            ("never ran in training", [row.layer for row in self.layers if row.passes == 0], "are they used at all?"),
+            (
+                f"have more than {_MANY:.0%} weights that flip to and fro between two codes",
+                [f"{row.layer} ({row.oscillating:.0%})" for row in self.layers if (row.oscillating or 0) > _MANY],
+                "a lower learning rate, or ranges frozen earlier, settles them",
+            ),
+            (
+                f"clip more than {_CLIPPED:.0%} of their input",
+                [f"{row.layer} ({row.clipped:.0%})" for row in self.layers if (row.clipped or 0) > _CLIPPED],
+                "their calibrated range is too narrow, or has shrunk in training",
+            ),
+            (
+                f"use less than {1 - _DEAD:.0%} of their input's codes",
+                [f"{row.layer} ({1 - dead:.0%})" for row in self.layers if (dead := row.dead_codes or 0.0) > _DEAD],
+                "most of their range is dead: calibrate it by mse or percentile",
+            ),
+            (
+                "have scales that have moved as far as they may",
+                [f"{row.layer} ({row.blocks_at_bound})" for row in self.layers if row.blocks_at_bound],
+                "a lower learning rate keeps them near where they started",
+            ),
+        ]
+        return [f"{_listed(layers)} {what}: {remedy}" for what, layers, remedy in found if layers]
 
     def __str__(self) -> str:
         table = Table(title="training")
@@ -126,6 +161,38 @@ def _compared(twin: TrainedModule, name: str, codes: Tensor) -> tuple[float | No
     frequency = torch.lerp(frequency.float(), back.float(), _MOMENTUM).to(torch.float16)
     kept[name] = [codes.clone(), torch.where(change != 0, change, direction), frequency]
     return flipped, float((frequency > _OSCILLATES).float().mean())
+
+
+def health_state(model: nn.Module) -> dict[str, Tensor]:
+    """What `report` remembers in a model, as tensors by name; a state_dict does not have it."""
+    found: dict[str, Tensor] = {}
+    for path, twin in twins_of(unwrapped(model)):
+        for name, kept in twin.__dict__.get(_KEPT, {}).items():
+            found |= {f"{path}|{name}|{index}": tensor for index, tensor in enumerate(kept)}
+        watch = twin.watch
+        found[f"{path}|watch"] = torch.tensor([watch.passes, watch.clipped, watch.seen])
+        if watch.counts is not None:
+            found[f"{path}|counts"] = watch.counts
+    return found
+
+
+def load_health_state_(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let a model remember what `health_state` gave. Changes it."""
+    for path, twin in twins_of(unwrapped(model)):
+        device = next(twin.parameters()).device
+        kept: dict[str, list[Tensor]] = {}
+        for name in twin.ranges:
+            every = [state[key].to(device) for i in range(3) if (key := f"{path}|{name}|{i}") in state]
+            if every:
+                kept[name] = every
+        twin.__dict__[_KEPT] = kept
+        twin.watch.passes, twin.watch.clipped, twin.watch.seen = state[f"{path}|watch"].tolist()
+        twin.watch.counts = state.get(f"{path}|counts")
+
+
+def _listed(layers: list[str]) -> str:
+    more = f" and {len(layers) - _LISTED} more" if len(layers) > _LISTED else ""
+    return f"{len(layers)} layers, {', '.join(layers[:_LISTED])}{more}," if len(layers) > 1 else f"layer {layers[0]}"
 
 
 def _percent(share: float | None) -> str:
