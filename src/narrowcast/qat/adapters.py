@@ -124,6 +124,11 @@ def adapted_of(model: Any) -> tuple[nn.Module, Attached]:
     return inner, inner.__dict__[_NAME]
 
 
+def forget_(model: nn.Module) -> None:
+    """Let a model whose adapters are gone remember none."""
+    model.__dict__.pop(_NAME, None)
+
+
 def adapters_of(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """The layers with adapters, by path."""
     for path, module in model.named_modules():
@@ -199,7 +204,9 @@ def _tied(modules: dict[str, QuantizedModule]) -> set[str]:
     for path, module in modules.items():
         module.restore_layout_()
         for name in module.weight_names:
-            owners.setdefault(getattr(module, f"{name}_codes").data_ptr(), []).append(path)
+            codes = getattr(module, f"{name}_codes")
+            if codes is not None:  # convolutions keep theirs in panels, which no linear layer shares
+                owners.setdefault(codes.data_ptr(), []).append(path)
     return {path for paths in owners.values() if len(paths) > 1 for path in paths}
 
 

@@ -20,7 +20,7 @@ from narrowcast.nn import QuantizedLinear, QuantizedModule
 from narrowcast.nn.adapted import AdaptedLinear, FrozenLinear
 from narrowcast.observers.hessian import Hessian
 from narrowcast.pipeline.run import Quantized
-from narrowcast.qat.adapters import HOOK_TABLES, Attached, RefuseGradient, adapted_of, adapters_of
+from narrowcast.qat.adapters import HOOK_TABLES, Attached, RefuseGradient, adapted_of, adapters_of, forget_
 from narrowcast.recipe import Recipe
 from narrowcast.report import LayerOutcome, Report, StepError, Totals
 
@@ -210,6 +210,7 @@ def _installed(model: nn.Module, merged: Mapping[str, QuantizedLinear]) -> nn.Mo
                 if isinstance(hook, RefuseGradient):
                     del module._forward_pre_hooks[key]
     work.detach_()
+    forget_(work.model)
     return work.model.eval()
 
 
