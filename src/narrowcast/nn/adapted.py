@@ -37,6 +37,12 @@ from narrowcast.nn.linear import QuantizedLinear
 from narrowcast.nn.trained_inputs import Rounding, StaticRange, product, unclamped_codes
 
 
+# The inverse of the plastic number and its square: steps of the most even sequence of points in the plane that is known.
+_LATTICE = (0.7548776662466927, 0.5698402909980532)
+# Of a cell; the rest keeps every code at the start what it is.
+_WIDTH = 0.99
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """What an adapter is.
@@ -375,7 +381,7 @@ class CodeAdapter(_ExactAdapter):
 
     def _codes(self, record: QuantizedTensor) -> Tensor:
         """[out, in] float32 whole numbers; gradients pass inside of the format's codes."""
-        moved = record.codes.float() + self.delta()
+        moved = record.codes.float() + _dither(*record.shape, record.codes.device) + self.delta()
         nearest = moved + (moved.detach().round() - moved.detach())
         return nearest.clamp(record.spec.code_low, record.spec.code_high)
 
@@ -386,6 +392,13 @@ ADAPTERS: dict[str, type[AdaptedLinear]] = {
     "codes": CodeAdapter,
 }
 """Adapters by how they merge."""
+
+
+def _dither(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[rows, columns] float32 between -0.5 and 0.5, evenly spread: where in its cell every weight is taken to be."""
+    down = torch.arange(rows, device=device, dtype=torch.float64)[:, None] * _LATTICE[0]
+    across = torch.arange(columns, device=device, dtype=torch.float64) * _LATTICE[1]
+    return (((down + across) % 1.0) * _WIDTH - _WIDTH / 2).float()
 
 
 def _static_range(base: QuantizedLinear) -> StaticRange | None:
