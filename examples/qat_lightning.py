@@ -10,12 +10,12 @@ from typing import Any
 import digits
 import lightning
 import torch
-from qat import RECIPE
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import narrowcast as nc
+from qat import RECIPE
 
 EPOCHS = 3
 

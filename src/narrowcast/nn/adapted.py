@@ -36,8 +36,7 @@ from narrowcast.nn.activation import INTEGER_MODES
 from narrowcast.nn.linear import QuantizedLinear
 from narrowcast.nn.trained_inputs import Rounding, StaticRange, product, unclamped_codes
 
-
-# The inverse of the plastic number and its square: steps of the most even sequence of points in the plane that is known.
+# Steps of the most even sequence of points known in the plane: the inverse of the plastic number, and its square.
 _LATTICE = (0.7548776662466927, 0.5698402909980532)
 # Of a cell; the rest keeps every code at the start what it is.
 _WIDTH = 0.99
