@@ -11,6 +11,7 @@ from narrowcast.qat.freeze import FreezeSchedule
 from narrowcast.qat.groups import parameter_groups
 from narrowcast.qat.health import Health, report
 from narrowcast.qat.merge import merge_adapters
+from narrowcast.qat.parallel import sync_ranges
 from narrowcast.qat.prepare import prepare
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "prepare",
     "report",
     "save_adapters",
+    "sync_ranges",
 ]
