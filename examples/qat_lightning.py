@@ -28,7 +28,7 @@ class Digits(lightning.LightningModule):
         # not a submodule: its weights belong into no checkpoint
         self.__dict__["teacher"] = digits.build()
         self.model = nc.qat.prepare(self.teacher, RECIPE, digits.calibration(), progress=False)
-        # buffers are averaged with the parameters: those that are not float are copied
+        # averages parameters, ranges among them, and copies buffers
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
         self.schedule = nc.qat.FreezeSchedule(batchnorm=EPOCHS - 1, ranges=EPOCHS - 1)
 

@@ -21,7 +21,9 @@ from narrowcast.models import TorchModel
 from narrowcast.models.layer_kinds import kind_of
 from narrowcast.models.modules import get_module, replace_everywhere_
 from narrowcast.nn import QuantizedLinear, QuantizedModule
-from narrowcast.nn.adapted import ADAPTERS, AdaptedLinear, AdapterSettings, FrozenLinear
+from narrowcast.nn.adapted import AdaptedLinear, AdapterSettings
+from narrowcast.nn.adapters import ADAPTERS
+from narrowcast.nn.frozen import FrozenLinear
 from narrowcast.nn.trained import TrainedModule
 from narrowcast.pipeline.run import Quantized
 from narrowcast.recipe import Recipe

@@ -17,7 +17,8 @@ from narrowcast.methods import Rtn, Seen, WeightMethod, make_method, weight_sqnr
 from narrowcast.models import TorchModel
 from narrowcast.models.modules import evaluation_mode, replace_everywhere_, stored_bytes
 from narrowcast.nn import QuantizedLinear, QuantizedModule
-from narrowcast.nn.adapted import AdaptedLinear, FrozenLinear
+from narrowcast.nn.adapted import AdaptedLinear
+from narrowcast.nn.frozen import FrozenLinear
 from narrowcast.observers.hessian import Hessian
 from narrowcast.pipeline.run import Quantized
 from narrowcast.qat.adapters import HOOK_TABLES, Attached, RefuseGradient, adapted_of, adapters_of, forget_
