@@ -35,6 +35,7 @@ CELLS: dict[str, tuple[int, float]] = {
     "int2/group32/asym:requantize": (8, 3e-3),
     "int2/group32/asym:zero_points": (2, 1e-2),
     "int2/group32/asym:codes": (8, 6e-3),
+    "int2/group16/asym/scale:k6:zero_points": (4, 3e-3),
     "int3/group32:requantize": (8, 3e-3),
     "int3/group32:codes": (8, 6e-3),
     "int4/group32:requantize": (8, 3e-3),
@@ -84,7 +85,7 @@ def train_(model: nn.Module, steps: int, lr: float) -> None:
 
 def cell(name: str, steps: int) -> dict[str, Any]:
     """Attach, train, merge in every way that there is, and score each."""
-    spec, merge = name.split(":")
+    spec, _, merge = name.rpartition(":")
     rank, lr = CELLS[name]
     base = quantized(spec)
     torch.manual_seed(0)
@@ -141,7 +142,7 @@ def page(document: dict[str, Any]) -> str:
             parts = [
                 f"{found[key]:.3f}" if key in found else "" for key in ("quantized", "trained", "merged", "merged_gptq")
             ]
-            rows.append((*name.split(":"), found["rank"], found["steps"], *parts, f"{found['seconds']:.0f}"))
+            rows.append((*name.rsplit(":", 1), found["rank"], found["steps"], *parts, f"{found['seconds']:.0f}"))
     header = ("weights", "merge", "rank", "steps", "quantized", "with adapters", "merged", "merged by GPTQ", "seconds")
     sections = [
         "`python -m benchmarks.adapters`. stories260K, 35 matrices, perplexity on the 142 stories that nothing was "
