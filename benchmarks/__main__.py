@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.machine import REPOSITORY
 
-BENCHMARKS = ("accuracy", "latency", "sizes", "networks", "linear", "conv", "quantizing", "low_bits", "qat")
+BENCHMARKS = ("accuracy", "latency", "sizes", "networks", "linear", "conv", "quantizing", "low_bits", "qat", "adapters")
 
 
 def main(argv: list[str] | None = None) -> int:

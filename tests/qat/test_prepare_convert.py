@@ -146,3 +146,14 @@ def test_models_that_are_one_layer_are_prepared_too() -> None:
     made = nc.qat.prepare(nn.Linear(16, 4), {"rule": [{"weight": "int4/channel"}]}, [x], progress=False)
     train_(made, x, steps=2)
     assert torch.equal(answer(nc.qat.convert(made).model, x), answer(made, x))
+
+
+def test_twins_that_share_tensors_say_which_so_that_checkpoints_can_leave_them_out() -> None:
+    model, _ = prepared("tied", "int8/channel", "uint8/token")
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if ".ranges." in name}
+    declared = {
+        f"{path}.{name}" for path, twin in twins(model).items() for name in getattr(twin, "_tied_weights_keys", ())
+    }
+    left = [t for name, t in state.items() if name not in declared]
+    assert len(left) == len({id(t) for t in left}) < len(state)
+    assert not [name for name in declared if name.startswith("table.")], "the first one keeps its own"

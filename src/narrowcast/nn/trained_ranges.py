@@ -17,6 +17,7 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Range(nn.Module):
         self.factor = nn.Parameter(torch.ones(shared)) if learns else None
         self.shift = nn.Parameter(torch.zeros(shared)) if shifts and zero is not None else None
         self.frozen = False
+        self.reduce: Callable[[Tensor], Tensor] | None = None  # what is done to the factor's gradient before it is cut
         self._held: dict[str, Tensor] = {}
 
     def freeze_(self, frozen: bool = True) -> None:
@@ -221,6 +223,7 @@ class WeightRange(Range):
             self.unit,
             self.spec,
             self.gradient_scale,
+            self.reduce,
         )
         return scale, _shifted(self, self.unit, self.spec, self.spec.code_low, self.spec.zero_high, self.gradient_scale)
 
@@ -280,7 +283,7 @@ class InputRange(Range):
             return self.start_scale.max().view(1), self.start_scale, self.start_zero
         scale = self.start_scale * factor.detach().clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         top = self.start_scale.max().view(1)
-        largest: Tensor = _Scaled.apply(factor, top, None, None, size)  # type: ignore[no-untyped-call]
+        largest: Tensor = _Scaled.apply(factor, top, None, None, size, self.reduce)  # type: ignore[no-untyped-call]
         zero = _shifted(self, top, self.spec, 0, high, size)
         assert zero is not None
         return largest, scale, zero
@@ -347,10 +350,11 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, factor: Tensor, start: Tensor, unit: Tensor | None, spec: QuantSpec | None, size: float
-    ) -> Tensor:
+        ctx: Any, factor: Tensor, start: Tensor, unit: Tensor | None, spec: QuantSpec | None, size: float,
+        reduce: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(start, unit)
-        ctx.size = size
+        ctx.size, ctx.reduce = size, reduce
         scale = start * factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         return scale if spec is None else nearest_scale(scale, spec)
 
@@ -359,7 +363,8 @@ class _Scaled(torch.autograd.Function):
         start, unit = ctx.saved_tensors
         unit = start if unit is None else unit
         balanced = gradients[0] * ctx.size * (start / unit) / unit
-        return balanced.clamp(-_STEEPEST, _STEEPEST), None, None, None, None
+        balanced = balanced if ctx.reduce is None else ctx.reduce(balanced)
+        return balanced.clamp(-_STEEPEST, _STEEPEST), None, None, None, None, None
 
 
 class _Sized(torch.autograd.Function):

@@ -29,8 +29,8 @@ def convert(model: nn.Module, *, strict: bool = False) -> Quantized:
 
     Returns:
         As `nc.quantize`: save it with `nc.save`. Where the recipe fuses, chains of static convolutions run as
-        networks, which round as their modules do up to float rounding; all else is bit for bit what the trained model
-        computes in evaluation mode.
+        networks and linear layers apply the activation functions behind them, with the same integers and another
+        rounding of floats between them; all else is bit for bit what the trained model computes in evaluation mode.
 
     Raises:
         ModelError: the model was not prepared, was never run in training mode, or a weight or range is not finite;

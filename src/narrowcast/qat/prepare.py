@@ -23,7 +23,7 @@ from narrowcast.nn.twins import TWINS
 from narrowcast.pipeline.run import Begun, solve_model
 from narrowcast.pipeline.shared_ranges import SharedRanges
 from narrowcast.planning import LayerPlan
-from narrowcast.qat.state import Prepared, attach_
+from narrowcast.qat.state import Prepared, attach_, twins_of
 from narrowcast.recipe import Recipe, load_recipe
 
 
@@ -62,8 +62,22 @@ def prepare(
         source = originals.get(name)
         parameter.requires_grad_(parameter.is_floating_point() and (source is None or source.requires_grad))
     notes = [note for note in [*begun.notes, *builder.notes] if note != WAS_TRAINING]
+    _declare_shared_(trained)
     attach_(trained, Prepared.of(begun, type(model).__name__, notes))
     return trained.train()
+
+
+def _declare_shared_(model: nn.Module) -> None:
+    """Tell which tensors of twins another one has, too, in the way in which transformers' models tell it.
+
+    Its Trainer writes checkpoints in which no tensor stands twice, and refuses what shares tensors without saying so.
+    """
+    first: dict[int, TrainedModule] = {}
+    for _, twin in twins_of(model):
+        tensors = twin.state_dict(keep_vars=True)
+        shared = [name for name, tensor in tensors.items() if first.setdefault(id(tensor), twin) is not twin]
+        if shared:
+            twin.__dict__["_tied_weights_keys"] = dict.fromkeys(shared, "")
 
 
 def _refuse_untrainable(begun: Begun) -> None:
