@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from narrowcast.core import pieces
 from narrowcast.kernels.reference import SMALLEST_RANGE
 from narrowcast.nn.activation import Activation
 
@@ -83,11 +84,19 @@ def rounded(x: Tensor, how: Rounding, static: StaticRange | None) -> Tensor:
         values = torch.empty_like(x, dtype=torch.float32)
         inverse, zero = _along(1.0 / static.scale, x, how), _along(static.zero, x, how)
         (low, high), largest = _bounds(zero, how), static.largest.view(())
-        for part, target in zip(_pieces(x), _pieces(values), strict=True):
+        for part, target in zip(pieces(x), pieces(values), strict=True):
             _clamp_(target.copy_(part).mul_(inverse).round_(), low, high).mul_(largest)
         return values
-    codes, scale, _ = _dynamic(x.float(), how)
-    return codes.mul_(scale).view(x.shape)
+    values = torch.empty_like(x, dtype=torch.float32, memory_format=_layout(x, how))
+    for part, target in zip(pieces(x), pieces(values), strict=True):  # every row or image has a range of its own
+        codes, scale, _ = _dynamic(part.float(), how)
+        torch.mul(codes, scale, out=target.view(codes.shape))
+    return values
+
+
+def _layout(x: Tensor, how: Rounding) -> torch.memory_format:
+    """That of images is kept; rows are contiguous, so that their groups are views."""
+    return torch.preserve_format if how.channel_dim == 1 else torch.contiguous_format
 
 
 def product(
@@ -163,7 +172,7 @@ def _clip_(gradient: Tensor, x: Tensor, how: Rounding, static: StaticRange) -> t
     inverse, zero = _along(1.0 / static.scale, x, how), _along(static.zero, x, how)
     low, high = _bounds(zero, how)
     total, clipped = gradient.new_zeros(()), gradient.new_zeros(())
-    for part, values in zip(_pieces(gradient), _pieces(x), strict=True):
+    for part, values in zip(pieces(gradient), pieces(x), strict=True):
         scaled = values.float() * inverse
         nearest = scaled.round()
         steps = _clamp_(nearest.clone(), low, high)
@@ -175,17 +184,6 @@ def _clip_(gradient: Tensor, x: Tensor, how: Rounding, static: StaticRange) -> t
     if static.scale.numel() > 1:
         gradient.mul_(_along(static.largest / static.scale, x, how))
     return total.view(1), -(clipped * static.largest).expand_as(static.zero)
-
-
-# Elementwise passes over one piece after another find it in the cache: 128 Ki values are 512 KiB of float32.
-_PIECE = 1 << 17
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """Parts of a tensor along its first dimension; all of it for a compiler, which fuses passes itself."""
-    if torch.compiler.is_compiling() or x.numel() <= _PIECE or x.dim() < 2:
-        return (x,)
-    return x.split(max(1, _PIECE * x.shape[0] // x.numel()))
 
 
 def _bounds(zero: Tensor, how: Rounding) -> tuple[Any, Any]:
@@ -254,14 +252,15 @@ def _dynamic(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
         zero = largest < SMALLEST_RANGE
         inverse = torch.where(zero, 0.0, torch.full_like(largest, 127.0) / torch.where(zero, 1.0, largest))
         scale = torch.where(zero, 1.0, largest / torch.full_like(largest, 127.0))
-        return (rows * inverse).round_().clamp_(-127, 127), scale, None
+        # no clamp: the largest product is 127 but for its last bit, and rounds to 127
+        return (rows * inverse).round_(), scale, None
     low, high = rows.amin(dims, keepdim=True).clamp(max=0), rows.amax(dims, keepdim=True).clamp(min=0)
     zero = torch.maximum(-low, high) < SMALLEST_RANGE
     steps = torch.full_like(low, 255.0)
     scale = torch.where(zero, 1.0, high / steps - low / steps)
     inverse = torch.where(zero, 0.0, torch.ones_like(scale) / scale)
     zero_point = torch.round(-low * inverse).clamp(max=255)
-    return (rows * inverse).clamp_(-zero_point, 255 - zero_point).round_(), scale, zero_point
+    return _clamp_(rows * inverse, -zero_point, 255 - zero_point).round_(), scale, zero_point
 
 
 def _ragged(x: Tensor, how: Rounding, group: int) -> tuple[Tensor, Tensor, Tensor | None]:
