@@ -7,7 +7,18 @@ import sys
 
 from benchmarks.machine import REPOSITORY
 
-BENCHMARKS = ("accuracy", "latency", "sizes", "networks", "linear", "conv", "quantizing", "low_bits", "qat")
+BENCHMARKS = (
+    "accuracy",
+    "latency",
+    "sizes",
+    "networks",
+    "linear",
+    "conv",
+    "quantizing",
+    "low_bits",
+    "qat",
+    "qat_speed",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

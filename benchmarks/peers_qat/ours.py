@@ -12,7 +12,7 @@ from benchmarks.peers_qat.formats import EDGES, Format
 
 
 def prepare(model: nn.Module, kit: KitModel, form: Format, train: str) -> nn.Module:
-    """The model as `nc.qat.prepare` makes it; rounded to nearest at the start, a step costs the same after any solver."""
+    """The model as `nc.qat.prepare` makes it, rounded to nearest: a step costs the same after any solver."""
     rules = [_rule(form, train) | {"optional": True}]
     if kit.kind == "cnn" and form.weight < 8:
         rules.insert(0, {"layers": list(EDGES), **_rule(form.of(EDGES[0]), train)})

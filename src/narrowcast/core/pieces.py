@@ -17,4 +17,4 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling() or x.numel() <= _PIECE or x.dim() < 2:
         return (x,)
-    return x.split(max(1, _PIECE * x.shape[0] // x.numel()))
+    return torch.split(x, max(1, _PIECE * x.shape[0] // x.numel()))

@@ -126,9 +126,7 @@ class _FakeQuantized(torch.autograd.Function):
         of_blocks = torch.empty_like(blocks, memory_format=torch.contiguous_format)
         found = [
             _gradients_(target, part, *rest, spec, ranges=needs[1] or needs[2])
-            for target, part, rest in zip(
-                pieces(of_blocks), pieces(gradient), _parts(blocks, scale, zero), strict=True
-            )
+            for target, part, rest in zip(pieces(of_blocks), pieces(gradient), _parts(blocks, scale, zero), strict=True)
         ]
         of_scale, of_zero = (None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True))
         of_matrix = from_blocks(of_blocks, spec.granularity, shape) if needs[0] else None
@@ -139,8 +137,8 @@ def _parts(blocks: Tensor, scale: Tensor, zero: Tensor | None) -> list[tuple[Ten
     """Blocks, scales and zero points of one piece after the other."""
     cut = pieces(blocks)
     sizes = [part.shape[0] for part in cut]
-    zeros = [None] * len(cut) if zero is None else zero.split(sizes)
-    return list(zip(cut, scale.split(sizes), zeros, strict=True))
+    zeros = [None] * len(cut) if zero is None else torch.split(zero, sizes)
+    return list(zip(cut, torch.split(scale, sizes), zeros, strict=True))
 
 
 def _values_(target: Tensor, blocks: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> None:
