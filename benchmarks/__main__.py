@@ -7,7 +7,20 @@ import sys
 
 from benchmarks.machine import REPOSITORY
 
-BENCHMARKS = ("accuracy", "latency", "sizes", "networks", "linear", "conv", "quantizing", "low_bits", "qat", "adapters")
+BENCHMARKS = (
+    "accuracy",
+    "latency",
+    "sizes",
+    "networks",
+    "linear",
+    "conv",
+    "quantizing",
+    "low_bits",
+    "qat",
+    "qat_speed",
+    "qat_decoder",
+    "adapters",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

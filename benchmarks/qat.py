@@ -1,7 +1,8 @@
-"""Quantization-aware training of ResNet-20 on CIFAR-10: what it recovers, and what a step costs.
+"""Quantization-aware training of ResNet-20 on CIFAR-10: what it recovers.
 
     python -m benchmarks.qat                             every cell, three seeds, into benchmarks/results
-    python -m benchmarks.qat --cells W4A4:lsq:0 speed    some of them; results of others are kept
+    python -m benchmarks.qat --cells W4A4:lsq:0          some of them; results of others are kept
+    python -m benchmarks.qat speed                       what a step costs, see benchmarks/qat_speed.py
     python -m benchmarks.qat --quick                     a few steps of each, into build/benchmarks
 
 A cell is FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the score
@@ -18,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import narrowcast as nc
-from benchmarks import results_io
+from benchmarks import qat_speed, results_io
 from benchmarks.kit.images import normalize, read_images
 from benchmarks.kit.resnet20 import KIT, data_folder
 from benchmarks.machine import machine
@@ -128,41 +129,6 @@ def cell(name: str, method: str, seed: int, epochs: float) -> dict[str, Any]:
     return {"top1": scores["top1"], "seconds": seconds, "epochs": 0 if method == "ptq" else epochs}
 
 
-def speed(rounds: int) -> dict[str, Any]:
-    """Median time of a training step (batch 64, SGD), float and prepared models in turns."""
-    images, labels = training_images()
-    x, y = images[:64], labels[:64]
-    models = {"float": KIT.build()}
-    for name, method in (("W8A8", "lsq"), ("W4A4", "lsq"), ("W4A4", "ste")):
-        rules = recipe(name, method)
-        rules["rule"] = [{**rule, "method": "rtn"} for rule in rules["rule"]]  # a step costs the same after any solver
-        models[f"{name} {method}"] = nc.qat.prepare(KIT.build(), rules, KIT.calibration(), progress=False)
-    calls = {name: _stepper(model.train(), x, y) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    ratios = {name: [a / b for a, b in zip(times[name][1:], times["float"][1:], strict=True)] for name in times}
-    return {
-        name: {"ms": 1e3 * medians[name], "ratio": statistics.median(ratios[name]), "load": results_io.load_average()}
-        for name in times
-    }
-
-
-def _stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
 def page(document: dict[str, Any]) -> str:
     """The results as Markdown."""
     float32 = KIT.published["all"]["top1"]
@@ -188,35 +154,33 @@ def page(document: dict[str, Any]) -> str:
         "over seeds, `+-` the interval of one score from the number of images.",
         results_io.table(header, rows),
     ]
-    if document.get("speed"):
-        lines = [(k, f"{v['ms']:.0f}", f"{v['ratio']:.2f}", v["load"]) for k, v in document["speed"].items()]
-        sections.append("A training step (batch 64), median, in turns with the float model's:")
-        sections.append(results_io.table(("model", "ms", "times float", "load average"), lines))
     return results_io.page("Quantization-aware training", document["machine"], sections)
 
 
 def every_cell() -> list[str]:
-    """All cells and the speed."""
+    """All cells."""
     trained = [f"{name}:{method}:{seed}" for seed in range(SEEDS) for name in FORMATS for method in METHODS[1:]]
-    return ["speed", *(f"{name}:ptq:0" for name in FORMATS), *trained]
+    return [*(f"{name}:ptq:0" for name in FORMATS), *trained]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that are asked for and writes the results after each."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["speed"]:
+        return qat_speed.main(given[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=every_cell(), metavar="CELL", help="some cells only")
     parser.add_argument("--epochs", type=float, default=SETTINGS["epochs"], help="how long each is trained")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work at all?")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(given)
     if not results_io.available(["resnet20"], print):
         return 2
     folder = options.out or results_io.folder_of(not options.quick)
     epochs = 0.05 if options.quick else options.epochs
     for name in options.cells or every_cell():
         print(name, flush=True)
-        value = speed(3 if options.quick else 15) if name == "speed" else cell(*_parts(name), epochs)
-        _keep(folder, name, value)
+        _keep(folder, name, cell(*_parts(name), epochs))
     return 0
 
 
@@ -231,11 +195,8 @@ def _keep(folder: Path, name: str, value: dict[str, Any]) -> None:
     document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
     facts = machine()
     document |= {"machine": facts, "settings": SETTINGS}
-    if name == "speed":
-        document["speed"] = value
-    else:
-        document["cells"][name] = value | {"commit": facts["commit"], "date": facts["date"]}
-        print(name, value, flush=True)
+    document["cells"][name] = value | {"commit": facts["commit"], "date": facts["date"]}
+    print(name, value, flush=True)
     results_io.write_results(folder, "qat", document, page(document))
 
 

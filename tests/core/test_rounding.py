@@ -85,3 +85,25 @@ def test_an_unchecked_scale_that_does_not_fit_stays_visible() -> None:
     spec = QuantSpec.parse("int4/group8")
     scale = nearest_scale(torch.tensor([[1e6, float("nan")]]), spec)
     assert torch.isinf(scale[0, 0]) and torch.isnan(scale[0, 1])
+
+
+@pytest.mark.parametrize("text", ["int8/channel", "int4/group32", "int4/group32/asym", "int4/block4x4", "nf4/group8"])
+def test_a_weight_of_many_pieces_is_rounded_as_its_rows_are(text: str) -> None:
+    spec, generator = QuantSpec.parse(text), torch.Generator().manual_seed(0)
+    matrix = torch.randn(1024, 320, generator=generator).requires_grad_()  # 2.5 pieces
+    scale, zero = choose_scale(*block_range(to_blocks(matrix.detach(), spec.granularity)), spec)
+    scale = (0.7 * scale).requires_grad_()
+    zero = None if zero is None else zero.float()
+    upstream = torch.randn(1024, 320, generator=generator)
+    whole = fake_quantize(matrix, scale, zero, spec)
+    found = torch.autograd.grad((whole * upstream).sum(), (matrix, scale))
+    per_row = scale.shape[0] // 128  # block rows in 8 rows of the matrix
+    rows, taken = [slice(start, start + 8) for start in range(0, 1024, 8)], []
+    for index, part in enumerate(rows):
+        blocks = slice(index * per_row, (index + 1) * per_row)
+        some, its_scale = matrix[part].detach().requires_grad_(), scale[blocks].detach().requires_grad_()
+        values = fake_quantize(some, its_scale, None if zero is None else zero[blocks], spec)
+        assert torch.equal(values, whole[part])
+        taken.append(torch.autograd.grad((values * upstream[part]).sum(), (some, its_scale)))
+    assert torch.equal(found[0], torch.cat([part[0] for part in taken]))
+    torch.testing.assert_close(found[1], torch.cat([part[1] for part in taken]), rtol=1e-5, atol=1e-5)

@@ -31,6 +31,7 @@ from narrowcast.core.granularity import (
 )
 from narrowcast.core.metrics import bits_per_weight, cosine, kl_divergence, sqnr_db
 from narrowcast.core.packing import pack, packed_width, unpack
+from narrowcast.core.pieces import pieces
 from narrowcast.core.rounding import distinct_levels, fake_quantize, integer_steps_, range_gradients, through
 from narrowcast.core.spec import SCALE_FORMATS, QuantSpec
 from narrowcast.core.super_blocks import split_super_scale, spread_super_scale
@@ -69,6 +70,7 @@ __all__ = [
     "pack",
     "packed_width",
     "parse_granularity",
+    "pieces",
     "quantize",
     "quantize_blocks",
     "quantize_learned",

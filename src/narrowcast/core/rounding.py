@@ -26,6 +26,7 @@ from torch import Tensor
 from narrowcast.core.affine import nearest_scale, round_zero_point
 from narrowcast.core.formats import NumberFormat
 from narrowcast.core.granularity import from_blocks, to_blocks
+from narrowcast.core.pieces import pieces
 from narrowcast.core.spec import QuantSpec
 
 
@@ -111,32 +112,70 @@ class _FakeQuantized(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, zero)
         ctx.spec = spec
         shape = (matrix.shape[0], matrix.shape[1])
-        scaled = to_blocks(matrix, spec.granularity) / scale.unsqueeze(-1)
-        if spec.format.kind != "int":
-            return from_blocks(_steps(scaled, zero, spec)[0] * scale.unsqueeze(-1), spec.granularity, shape)
-        if zero is None or spec.zero_step == 1:
-            scaled.round_()
-        if zero is not None:
-            scaled.add_(zero.unsqueeze(-1))
-        if spec.zero_step != 1:
-            scaled.round_()
-        scaled.clamp_(spec.code_low, spec.code_high)
-        if zero is not None:
-            scaled.sub_(zero.unsqueeze(-1))
-        return from_blocks(scaled.mul_(scale.unsqueeze(-1)), spec.granularity, shape)
+        blocks = to_blocks(matrix, spec.granularity)
+        values = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+        for target, parts in zip(pieces(values), _parts(blocks, scale, zero), strict=True):
+            _values_(target, *parts, spec)
+        return from_blocks(values, spec.granularity, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         matrix, scale, zero = ctx.saved_tensors
-        spec, shape = ctx.spec, (matrix.shape[0], matrix.shape[1])
-        gradient = to_blocks(gradients[0], spec.granularity)
-        scaled = to_blocks(matrix, spec.granularity) / scale.unsqueeze(-1)
+        spec, shape, needs = ctx.spec, (matrix.shape[0], matrix.shape[1]), ctx.needs_input_grad
+        gradient, blocks = to_blocks(gradients[0], spec.granularity), to_blocks(matrix, spec.granularity)
+        of_blocks = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+        found = [
+            _gradients_(target, part, *rest, spec, ranges=needs[1] or needs[2])
+            for target, part, rest in zip(pieces(of_blocks), pieces(gradient), _parts(blocks, scale, zero), strict=True)
+        ]
+        of_scale, of_zero = (None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True))
+        of_matrix = from_blocks(of_blocks, spec.granularity, shape) if needs[0] else None
+        return of_matrix, of_scale, of_zero, None
+
+
+def _parts(blocks: Tensor, scale: Tensor, zero: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Blocks, scales and zero points of one piece after the other."""
+    cut = pieces(blocks)
+    sizes = [part.shape[0] for part in cut]
+    zeros = [None] * len(cut) if zero is None else torch.split(zero, sizes)
+    return list(zip(cut, torch.split(scale, sizes), zeros, strict=True))
+
+
+def _values_(target: Tensor, blocks: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> None:
+    """Write what the codes of some blocks stand for."""
+    each = scale.unsqueeze(-1)
+    if spec.format.kind != "int":
+        target.copy_(_steps(blocks / each, zero, spec)[0]).mul_(each)
+        return
+    torch.div(blocks, each, out=target)
+    if zero is None or spec.zero_step == 1:
+        target.round_()
+    if zero is not None:
+        target.add_(zero.unsqueeze(-1))
+    if spec.zero_step != 1:
+        target.round_()
+    target.clamp_(spec.code_low, spec.code_high)
+    if zero is not None:
+        target.sub_(zero.unsqueeze(-1))
+    target.mul_(each)
+
+
+def _gradients_(
+    target: Tensor, gradient: Tensor, blocks: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, *,
+    ranges: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Write the gradients of some blocks; returns, where asked for, those of their scales and zero points."""
+    scaled = blocks / scale.unsqueeze(-1)
+    if zero is not None or spec.format.kind != "int":
         steps, inside = _steps(scaled, zero, spec)
-        of_scale = of_zero = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            of_scale, of_zero = range_gradients(gradient, steps, scaled, inside, scale)
-        of_matrix = from_blocks(gradient * inside, spec.granularity, shape) if ctx.needs_input_grad[0] else None
-        return of_matrix, of_scale, None if zero is None else of_zero, None
+        torch.mul(gradient, inside, out=target)
+        of_scale, of_zero = range_gradients(gradient, steps, scaled, inside, scale) if ranges else (None, None)
+        return of_scale, None if zero is None else of_zero
+    codes = scaled.round()
+    steps = codes.clamp(spec.code_low, spec.code_high)
+    kept = codes.eq_(steps)  # 1 inside the range, 0 outside, in the memory of the codes
+    torch.mul(gradient, kept, out=target)
+    return steps.sub_(scaled.mul_(kept)).mul_(gradient).sum(-1) if ranges else None, None
 
 
 class _Through(torch.autograd.Function):

@@ -7,6 +7,7 @@ of a static range the gradient of the input is 0. The codes are those of the ker
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from narrowcast.core import pieces
 from narrowcast.kernels.reference import SMALLEST_RANGE
 from narrowcast.nn.activation import Activation
 
@@ -74,20 +76,72 @@ def unclamped_codes(x: Tensor, how: Rounding, static: StaticRange | None) -> Ten
     return (x.float() * inverse).round_().add_(zero)
 
 
-def rounded(x: Tensor, how: Rounding, static: StaticRange | None) -> Tensor:
-    """What the product multiplies, float32: (code - zero point) * scale; of a static range, the largest scale."""
+def rounded(x: Tensor, how: Rounding, static: StaticRange | None, values: Tensor | None = None) -> Tensor:
+    """What the product multiplies, float32: (code - zero point) * scale; of a static range, the largest scale.
+
+    Args:
+        x: the input.
+        how: how it is rounded.
+        static: its range where that is static.
+        values: like `x`, float32; filled and returned where given.
+    """
     if how.mode == "cast":
         return x.to(how.dtype).float()
+    if values is None:
+        values = torch.empty_like(x, dtype=torch.float32, memory_format=_layout(x, how))
     if how.mode == "static":
         assert static is not None
-        values = torch.empty_like(x, dtype=torch.float32)
         inverse, zero = _along(1.0 / static.scale, x, how), _along(static.zero, x, how)
         (low, high), largest = _bounds(zero, how), static.largest.view(())
-        for part, target in zip(_pieces(x), _pieces(values), strict=True):
+        for part, target in zip(pieces(x), pieces(values), strict=True):
             _clamp_(target.copy_(part).mul_(inverse).round_(), low, high).mul_(largest)
         return values
-    codes, scale, _ = _dynamic(x.float(), how)
-    return codes.mul_(scale).view(x.shape)
+    for part, target in zip(pieces(x), pieces(values), strict=True):  # every row or image has a range of its own
+        codes, scale, _ = _dynamic(part.float(), how)
+        torch.mul(codes, scale, out=target.view(codes.shape))
+    return values
+
+
+def _layout(x: Tensor, how: Rounding) -> torch.memory_format:
+    """That of images is kept; rows are contiguous, so that their groups are views."""
+    return torch.preserve_format if how.channel_dim == 1 else torch.contiguous_format
+
+
+class _Room(threading.local):
+    """Memory for rounded inputs, which live for one product: the pages of a fresh tensor cost more than the rounding.
+
+    One per thread, as large as the largest input so far, at most 32 MiB.
+    """
+
+    most = 1 << 23
+
+    def __init__(self) -> None:
+        self.values = torch.empty(0)
+
+    def like(self, x: Tensor, how: Rounding) -> Tensor | None:
+        """A float32 tensor in the layout of `x`, until the next call; None where a fresh one has to do."""
+        images = x.dim() == 4 and how.channel_dim == 1 and x.is_contiguous(memory_format=torch.channels_last)
+        dense = images or x.is_contiguous() or how.channel_dim != 1
+        plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        if not plain or x.device.type != "cpu" or x.numel() > self.most or not dense:
+            return None
+        if self.values.numel() < x.numel():
+            with torch.inference_mode(False):  # or autograd could not use it later
+                self.values = torch.empty(x.numel())
+        flat = self.values[: x.numel()]
+        if images:
+            return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        return flat.view(x.shape)
+
+
+_ROOM = _Room()
+
+
+def _factors(x: Tensor, how: Rounding, static: StaticRange | None, dtype: torch.dtype) -> Tensor:
+    """What the product multiplies, in its dtype; valid until the next product."""
+    if how.mode in ("float", "cast"):
+        return x.to(dtype)
+    return rounded(x, how, static, _ROOM.like(x, how)).to(dtype)
 
 
 def product(
@@ -124,7 +178,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight, largest, scale, zero)
         ctx.how, ctx.conv, ctx.dtype, ctx.bias_dtype = how, conv, dtype, None if bias is None else bias.dtype
         static = None if largest is None or scale is None or zero is None else StaticRange(largest, scale, zero)
-        values = x.to(dtype) if how.mode in ("float", "cast") else rounded(x, how, static).to(dtype)
+        values = _factors(x, how, static, dtype)
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if conv is None:
@@ -137,7 +191,7 @@ class _Product(torch.autograd.Function):
         x, weight, largest, scale, zero = ctx.saved_tensors
         how, needs = ctx.how, ctx.needs_input_grad
         static = None if how.mode != "static" else StaticRange(largest, scale, zero)
-        values = x.to(ctx.dtype) if how.mode in ("float", "cast") else rounded(x, how, static).to(ctx.dtype)
+        values = _factors(x, how, static, ctx.dtype)
         masks = [any(needs[index] for index in (0, 3, 5)), needs[1], needs[2] and ctx.bias_dtype is not None]
         of_x, of_weight, of_bias = _product_gradients(gradient.to(ctx.dtype), values, weight, ctx.conv, masks)
         del values
@@ -163,7 +217,7 @@ def _clip_(gradient: Tensor, x: Tensor, how: Rounding, static: StaticRange) -> t
     inverse, zero = _along(1.0 / static.scale, x, how), _along(static.zero, x, how)
     low, high = _bounds(zero, how)
     total, clipped = gradient.new_zeros(()), gradient.new_zeros(())
-    for part, values in zip(_pieces(gradient), _pieces(x), strict=True):
+    for part, values in zip(pieces(gradient), pieces(x), strict=True):
         scaled = values.float() * inverse
         nearest = scaled.round()
         steps = _clamp_(nearest.clone(), low, high)
@@ -175,17 +229,6 @@ def _clip_(gradient: Tensor, x: Tensor, how: Rounding, static: StaticRange) -> t
     if static.scale.numel() > 1:
         gradient.mul_(_along(static.largest / static.scale, x, how))
     return total.view(1), -(clipped * static.largest).expand_as(static.zero)
-
-
-# Elementwise passes over one piece after another find it in the cache: 128 Ki values are 512 KiB of float32.
-_PIECE = 1 << 17
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """Parts of a tensor along its first dimension; all of it for a compiler, which fuses passes itself."""
-    if torch.compiler.is_compiling() or x.numel() <= _PIECE or x.dim() < 2:
-        return (x,)
-    return x.split(max(1, _PIECE * x.shape[0] // x.numel()))
 
 
 def _bounds(zero: Tensor, how: Rounding) -> tuple[Any, Any]:
@@ -254,14 +297,15 @@ def _dynamic(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
         zero = largest < SMALLEST_RANGE
         inverse = torch.where(zero, 0.0, torch.full_like(largest, 127.0) / torch.where(zero, 1.0, largest))
         scale = torch.where(zero, 1.0, largest / torch.full_like(largest, 127.0))
-        return (rows * inverse).round_().clamp_(-127, 127), scale, None
+        # no clamp: the largest product is 127 but for its last bit, and rounds to 127
+        return (rows * inverse).round_(), scale, None
     low, high = rows.amin(dims, keepdim=True).clamp(max=0), rows.amax(dims, keepdim=True).clamp(min=0)
     zero = torch.maximum(-low, high) < SMALLEST_RANGE
     steps = torch.full_like(low, 255.0)
     scale = torch.where(zero, 1.0, high / steps - low / steps)
     inverse = torch.where(zero, 0.0, torch.ones_like(scale) / scale)
     zero_point = torch.round(-low * inverse).clamp(max=255)
-    return (rows * inverse).clamp_(-zero_point, 255 - zero_point).round_(), scale, zero_point
+    return _clamp_(rows * inverse, -zero_point, 255 - zero_point).round_(), scale, zero_point
 
 
 def _ragged(x: Tensor, how: Rounding, group: int) -> tuple[Tensor, Tensor, Tensor | None]:
