@@ -36,6 +36,22 @@ def test_training_starts_at_the_integers_of_post_training_quantization(
     torch.testing.assert_close(answer(started, x), answer(quantized.model, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", ["int3/group32/asym", "int4/channel", "nf4/group32"])
+def test_a_small_step_undoes_none_of_the_choices_that_a_solver_made_against_the_nearest_code(weight: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(512, 64) @ torch.randn(64, 64)
+    rules = [{"weight": weight, "method": "gptq"}]
+    twin = twins(nc.qat.prepare(model, {"rule": rules}, [x], progress=False))["0"]
+    record, start = twin.records()["weight"], twin.matrix("weight").detach()
+    chosen = start != model[0].weight
+    assert 0.05 < chosen.float().mean() < 0.9
+    step = 0.2 * record.scale.min() * torch.randn_like(start).sign() * (0.1 if weight.startswith("nf4") else 1.0)
+    for moved in (start + step, start - step):
+        now = twin.weight_range().record(moved)  # type: ignore[union-attr]
+        assert torch.equal(now.codes[chosen], record.codes[chosen])
+
+
 @every_case
 def test_it_learns_and_what_evaluation_says_is_what_conversion_gives(name: str, weight: str, given: str | None) -> None:
     model, x = prepared(name, weight, given)

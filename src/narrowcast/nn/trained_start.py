@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from narrowcast.core import QuantizedTensor, from_blocks, quantize_blocks, to_blocks
 
 
-def start_inside_cells(weight: Tensor, factor: Tensor | float, start: QuantizedTensor) -> Tensor:
-    """The float weight nearest to `weight` that rounds to the codes of `start`.
+def start_at_codes(weight: Tensor, factor: Tensor | float, start: QuantizedTensor) -> Tensor:
+    """The float weight, and what a code stands for wherever it is not that of the float weight.
 
-    Solvers choose codes that are not the nearest; training goes on from their choice.
+    Solvers choose codes that are not the nearest, each to make up for the error of others; training goes on from their
+    choice. It starts in the middle of a code's cell: at the edge that is nearest to the float weight, the smallest
+    first step would undo the choice of a third of all weights at once, in no order.
 
     Args:
         weight: [rows, columns] float32.
@@ -21,20 +21,11 @@ def start_inside_cells(weight: Tensor, factor: Tensor | float, start: QuantizedT
         start: its record.
 
     Returns:
-        [rows, columns]: changed where weight * factor has another code, to 0.001 steps inside the code's cell.
+        [rows, columns], which rounds to the codes of `start`.
     """
     assert start.scale is not None
-    spec, shape = start.spec, start.shape
-    blocks = to_blocks(weight * factor, spec.granularity)
-    codes = to_blocks(start.codes, spec.granularity)
-    moved = quantize_blocks(blocks, spec, start.scale, start.zero_point).view(torch.uint8) != codes.view(torch.uint8)
-    if spec.format.kind == "int":
-        steps = codes.to(torch.float32)
-        zero = 0.0 if start.zero_point is None else start.zero_point.unsqueeze(-1).to(torch.float32)
-        low = torch.where(steps <= spec.code_low, -math.inf, steps - zero - 0.499) * start.scale.unsqueeze(-1)
-        high = torch.where(steps >= spec.code_high, math.inf, steps - zero + 0.499) * start.scale.unsqueeze(-1)
-        inside = torch.minimum(torch.maximum(blocks, low), high)
-    else:
-        inside = spec.format.decode(codes) * start.scale.unsqueeze(-1)
-    changed = from_blocks(moved, spec.granularity, shape)
-    return torch.where(changed, from_blocks(inside, spec.granularity, shape) / factor, weight)
+    spec = start.spec
+    blocks, codes = to_blocks(weight * factor, spec.granularity), to_blocks(start.codes, spec.granularity)
+    nearest = quantize_blocks(blocks, spec, start.scale, start.zero_point)
+    other = from_blocks(nearest.view(torch.uint8) != codes.view(torch.uint8), spec.granularity, start.shape)
+    return torch.where(other, start.dequantize() / factor, weight)

@@ -18,7 +18,7 @@ from narrowcast.nn.trained import AnyRange, TrainedModule, WeightCast
 from narrowcast.nn.trained_conv import TrainedConv
 from narrowcast.nn.trained_ranges import InputRange, WeightRange
 from narrowcast.nn.trained_recurrent import TrainedRecurrent
-from narrowcast.nn.trained_start import start_inside_cells
+from narrowcast.nn.trained_start import start_at_codes
 from narrowcast.nn.twins import TWINS
 from narrowcast.pipeline.run import Begun, solve_model
 from narrowcast.pipeline.shared_ranges import SharedRanges
@@ -153,7 +153,7 @@ class _Builder:
         if record.scale is None:
             range_ = WeightCast(record)
         else:
-            matrix = start_inside_cells(matrix, factor, record)
+            matrix = start_at_codes(matrix, factor, record)
             range_ = WeightRange(record, matrix * factor, TRAINING[row.train], matrix)
         start = kind.restore(module, parameter, matrix) if keeps_layout else matrix
         return nn.Parameter(start.contiguous().clone()), range_
