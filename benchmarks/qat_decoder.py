@@ -29,7 +29,7 @@ from benchmarks.machine import machine
 RULES = [{"role": role, "keep": "float32, as in the other tables", "optional": True} for role in ("embedding", "tied")]
 FORMATS = {"W2 g32": "int2/group32/asym", "W3 g32": "int3/group32/asym"}
 METHODS = ("ptq", "lsq", "ste")
-TOKENS, STORIES, SETTINGS = 256, 2048, {"epochs": 3, "batch": 16, "lr": 0.001, "temperature": 1.0}
+TOKENS, STORIES, SETTINGS = 256, 1024, {"epochs": 2, "batch": 16, "lr": 0.002, "temperature": 1.0}
 SEEDS = 3
 
 
