@@ -118,6 +118,8 @@ ATTENTION = ("awq + rtn", "awq + gptq", "smoothquant + rtn")
 
 def applies(kit: KitModel, form: str, method: str) -> bool:
     """Whether a combination is about this kind of model."""
+    if kit.kind == "recurrent" and form in ("W8A8 static", "W4A8", "W4A8 static"):
+        return False  # refused: no integer kernel multiplies an LSTM's weights with such inputs
     if (FORMATS | MORE_FORMATS)[form].ends[0] and kit.name not in ENDS:
         return False
     if method in CONVOLUTIONAL:

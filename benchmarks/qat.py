@@ -6,8 +6,8 @@
     python -m benchmarks.qat --quick                     a few steps of each, into build/benchmarks
 
 A cell is FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the score
-is that of the converted integer model on the 5000 test images. Learning rates and freezing were settled on training images held
-out. `ptq` is `nc.quantize` with the same recipe, which is also what training starts from.
+is that of the converted integer model on the 5000 test images. Learning rates and freezing were settled on training
+images held out. `ptq` is `nc.quantize` with the same recipe, which is also what training starts from.
 """
 
 from __future__ import annotations
