@@ -4,7 +4,7 @@ from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, S
 from narrowcast.models.batchnorm import FoldReport, find_pairs, fold_
 from narrowcast.models.blocks import Blocks, Link, ModelBlock, find_blocks
 from narrowcast.models.expected_inputs import expected_inputs
-from narrowcast.models.onnx_source import is_onnx, require_onnx
+from narrowcast.models.onnx_source import is_onnx, is_onnx_module, require_onnx
 from narrowcast.models.torch_model import TorchModel
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "find_pairs",
     "fold_",
     "is_onnx",
+    "is_onnx_module",
     "require_onnx",
 ]

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
 from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.models.onnx_source import is_onnx_module
 
 # A protobuf message cannot be larger; what is near goes into a file of weights beside it.
 _LARGEST_MESSAGE = 2**31 - 2**24
@@ -25,11 +26,13 @@ def read_onnx(source: Any) -> ir.Model:
     """An ONNX model, its external data checked but not read.
 
     Args:
-        source: path of a file, an `onnx.ModelProto`, or an `onnx_ir.Model`, which is copied.
+        source: path of a file, an `onnx.ModelProto`, an `onnx_ir.Model` or an `OnnxModule`; the last two are copied.
 
     Raises:
         ModelError: the file is missing, damaged, no ONNX model, or wants data from outside its folder.
     """
+    if is_onnx_module(source):
+        return source.graph.clone()
     if isinstance(source, ir.Model):
         return source.clone()
     if isinstance(source, onnx.ModelProto):

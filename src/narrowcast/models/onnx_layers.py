@@ -307,4 +307,4 @@ def why_not(readers: list[str], shape: tuple[int, ...]) -> str:
         return "no node reads it"
     if prod(shape) == max(shape, default=0):
         return f"a vector, read by {', '.join(readers)}"
-    return f"read by {', '.join(readers)}, which multiply no weight matrix"
+    return f"read by {', '.join(readers)}, which multiply no weight"

@@ -56,7 +56,7 @@ class OnnxModel(ModelAdapter):
     """
 
     def __init__(self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False) -> None:
-        self.name = Path(source).name if isinstance(source, str | Path) else "the ONNX model"
+        self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
         model, note = with_opset(read_onnx(source), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
         if blocked:

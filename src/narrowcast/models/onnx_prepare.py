@@ -18,7 +18,7 @@ _LARGEST_INFERENCE = 2**30
 def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     """Bring a model into the form that quantizing expects, in place; returns notes.
 
-    Constant nodes become initializers, functions are inlined, Identity nodes go, nodes without a name get one. Zero
+    Constant nodes become initializers, functions are inlined, nodes without a name get one. Zero
     padding becomes part of the convolution behind it, and BatchNorm of the one before it.
     """
     notes = []
@@ -26,7 +26,6 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
         common.InlinePass()(model)
         notes.append("functions of the model were inlined")
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
-    common.IdentityEliminationPass()(model)
     _name_nodes(model)
     _infer_shapes(model)
     scribe = Scribe(model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import DataError, ModelError
-from narrowcast.models.onnx_file import stored_size, write_onnx
+from narrowcast.models.onnx_file import read_onnx, stored_size, write_onnx
 
 # Larger models go through a file, since a message of two gigabytes cannot be.
 _LARGEST_MESSAGE = 2**30
@@ -61,6 +61,15 @@ def _loadable(model: ir.Model) -> Iterator[Any]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield str(write_onnx(model, Path(folder) / "model.onnx")[-1])
+
+
+def open_onnx_module(path: str | Path) -> OnnxModule:
+    """The model of an .onnx file, called like a torch module.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return OnnxModule(read_onnx(path), Path(path).name)
 
 
 class OnnxModule(nn.Module):
@@ -177,7 +186,7 @@ class Watching:
     def run(self, feeds: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Every watched value with its name."""
         yield from ((name, torch.from_numpy(feeds[name])) for name in self.names if name in feeds)
-        for part in self.parts:
+        for part in filter(None, self.parts):  # asked for nothing, a session gives everything
             yield from zip(part, map(torch.from_numpy, run_session(self.session, part, feeds)), strict=True)
 
 

@@ -12,14 +12,18 @@ PACKAGES = ("onnx", "onnx_ir", "onnxruntime")
 
 
 def is_onnx(model: Any) -> bool:
-    """Whether `model` is a path of an .onnx file, an `onnx.ModelProto` or an `onnx_ir.Model`."""
+    """Whether `model` is a path of an .onnx file, an `onnx.ModelProto`, an `onnx_ir.Model` or an `OnnxModule`."""
     if isinstance(model, str | Path):
         return Path(model).suffix.lower() == ".onnx"
     kind = type(model)
-    return (kind.__module__.partition(".")[0], kind.__name__) in (
-        ("onnx", "ModelProto"),
-        ("onnx_ir", "Model"),
-    )
+    named = (kind.__module__.partition(".")[0], kind.__name__)
+    return is_onnx_module(model) or named in (("onnx", "ModelProto"), ("onnx_ir", "Model"))
+
+
+def is_onnx_module(model: Any) -> bool:
+    """Whether `model` is an ONNX graph that is called like a torch module."""
+    kind = type(model)
+    return (kind.__module__, kind.__name__) == ("narrowcast.models.onnx_session", "OnnxModule")
 
 
 def require_onnx() -> None:

@@ -42,10 +42,12 @@ def _outcome(job: Any, row: LayerPlan, kernels: Mapping[str, Kernel]) -> LayerOu
     chosen = f"rounded to nearest: {solved.fallback}" if row.chosen and solved.fallback else ""
     twice = f"stored {len(layer.sites)} times, once for every use" if len(layer.sites) > 1 else ""
     reasons = [part for part in (row.reason, fallen or chosen, twice) if part]
+    ran = ", ".join(sorted({str(kernel) for kernel in runs.values()}))
     method = f"{solved.method}, bias corrected" if layer.name in job.corrected else solved.method
     return replace(
         base, outcome="fell back" if fallen else "quantized", reason="; ".join(reasons), spec=str(row.weight),
         input=job.inputs[layer.name], method=method, weight_sqnr_db=solved.sqnr_db,
-        kernel=", ".join(sorted({str(kernel) for kernel in runs.values()})), seconds=solved.seconds,
+        kernel=row.kernel if row.weight.format.is_cast else ran,
+        seconds=solved.seconds,
         errors=list(solved.errors), notes=list(solved.notes),
     )  # fmt: skip
