@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import io
 from collections import Counter
 from collections.abc import Mapping
@@ -13,21 +14,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from narrowcast.core import QuantSpec
 from narrowcast.errors import RecipeError
-from narrowcast.kernels import kernel_name
 from narrowcast.kernels.reference import LONGEST_SUM
-from narrowcast.models import FoldReport, Layer, TorchModel, find_pairs
+from narrowcast.models import FoldReport, Layer, ModelAdapter, TorchModel, find_pairs, is_onnx, require_onnx
 from narrowcast.models.rewrite import untie_
 from narrowcast.nn import (
     DEFAULT_TRAINING,
     INTEGER_MODES,
-    StoredWeight,
     activation_mode,
     outlier_bits,
-    weight_only_kernel,
 )
 from narrowcast.recipe import InputRule, Recipe, Rule, default_method, load_recipe
 from narrowcast.report import format_bytes
@@ -140,17 +137,21 @@ class Plan:
         return buffer.getvalue().rstrip()
 
 
-def plan(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe) -> Plan:
+def plan(model: Any, recipe: str | Path | Mapping[str, Any] | Recipe) -> Plan:
     """What `quantize` would do with this model and recipe; needs no data and changes nothing.
 
     Args:
-        model: any module, on the meta device too.
+        model: any module, on the meta device too, or an ONNX model as `quantize` takes it.
         recipe: a preset name, a Recipe, a document, or a TOML or JSON file.
 
     Raises:
         RecipeError: the recipe cannot be read, a rule matches nothing, or asks for what no kernel does.
     """
     loaded = load_recipe(recipe)
+    if is_onnx(model):
+        require_onnx()
+        made: Plan = importlib.import_module("narrowcast.pipeline.onnx_run").plan_onnx(model, loaded)
+        return made
     adapter = TorchModel(model)
     untie_for(adapter, loaded)
     folds = find_pairs(adapter.model, None) if loaded.fold_batchnorm else FoldReport()
@@ -164,7 +165,7 @@ def untie_for(adapter: TorchModel, recipe: Recipe) -> None:
         adapter.notes.append(f"{path} was tied to an embedding; it has a matrix of its own now, as rotate asks")
 
 
-def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport, *, has_data: bool | None = None) -> Plan:
+def make_plan(adapter: ModelAdapter, recipe: Recipe, folds: FoldReport, *, has_data: bool | None = None) -> Plan:
     """The plan for an adapter whose BatchNorms are (or will be) folded as `folds` says.
 
     Args:
@@ -188,10 +189,10 @@ def make_plan(adapter: TorchModel, recipe: Recipe, folds: FoldReport, *, has_dat
         names = ", ".join(name for entry in recipe.transforms for name in entry)
         notes.append(f"before quantizing: {names}; the float function stays the same")
     # solving holds a float32 copy of one weight, its codes, and about three more of that size while it searches
-    return Plan(type(adapter.original).__name__, recipe, rows, before, after, before + after + 20 * largest, notes)
+    return Plan(adapter.name, recipe, rows, before, after, before + after + 20 * largest, notes)
 
 
-def _with_method(adapter: TorchModel, row: LayerPlan, has_data: bool) -> LayerPlan:
+def _with_method(adapter: ModelAdapter, row: LayerPlan, has_data: bool) -> LayerPlan:
     """The row with a solver, where its rule names none."""
     if row.weight is None or row.method:
         return row
@@ -209,7 +210,7 @@ def _solver_notes(rows: list[LayerPlan]) -> list[str]:
     ]
 
 
-def _plan_layer(adapter: TorchModel, layer: Layer, recipe: Recipe, used: set[int], folds: FoldReport) -> LayerPlan:
+def _plan_layer(adapter: ModelAdapter, layer: Layer, recipe: Recipe, used: set[int], folds: FoldReport) -> LayerPlan:
     bits = 8.0 * layer.bytes / layer.parameters if layer.parameters else 32.0
     owner = layer.sites[0].path
     if owner in folds.folded:
@@ -226,16 +227,26 @@ def _plan_layer(adapter: TorchModel, layer: Layer, recipe: Recipe, used: set[int
         return replace(kept, reason=rule.keep)
     if layer.reason:
         return replace(kept, refused=True)
-    return _plan_quantized(adapter, layer, rule)
+    asked = None if rule.input is None else rule.input.spec
+    assert rule.weight is not None
+    possible = adapter.possible(layer, rule.weight, asked)
+    if possible.weight is None:
+        return replace(kept, reason=possible.reason, refused=True)
+    given = None if rule.input is None or possible.input is None else replace(rule.input, spec=possible.input)
+    if given is not None and activation_mode(given.spec) != "static":
+        given = replace(given, observer="")
+    row = _plan_quantized(adapter, layer, replace(rule, weight=possible.weight, input=given))
+    reason = "; ".join(part for part in (row.reason, possible.reason) if part)
+    return replace(row, reason=reason, fallback=row.fallback or possible.fallback)
 
 
-def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
+def _plan_quantized(adapter: ModelAdapter, layer: Layer, rule: Rule) -> LayerPlan:
     spec = rule.weight
     assert spec is not None
     shape = (layer.shape[0], layer.shape[1])
     bits = spec.bits_per_value(shape)
     mode = activation_mode(None if rule.input is None else rule.input.spec)
-    given, reason, kernel, integer = rule.input, "", _float_kernel(layer, spec), False
+    given, reason, kernel, integer = rule.input, "", adapter.float_kernel(layer, spec), False
     fallback = ""
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
@@ -246,7 +257,7 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
         ops = {adapter.integer_op(site, spec, mode) for site in consumers}
         if None in ops:
             raise RecipeError(_no_kernel(layer, spec, rule))
-        kernel, integer = ", ".join(sorted(kernel_name(str(op)) for op in ops)), True
+        kernel, integer = ", ".join(sorted(adapter.kernel_name(str(op)) for op in ops)), True
     elif mode == "cast":
         kernel = f"product in {rule.input}"
     if given is not None and given.outliers:
@@ -260,13 +271,6 @@ def _plan_quantized(adapter: TorchModel, layer: Layer, rule: Rule) -> LayerPlan:
         layer, spec, given, rule.method, reason=reason, bits_per_weight=bits, bytes_after=bytes_after, kernel=kernel,
         integer=integer, fallback=fallback, train=rule.train,
     )  # fmt: skip
-
-
-def _float_kernel(layer: Layer, spec: QuantSpec) -> str:
-    """What multiplies float inputs with the weight."""
-    stored = StoredWeight("weight", spec, (layer.shape[0], layer.shape[1]))
-    native = weight_only_kernel(stored) if layer.type in ("Linear", "Conv1D") else None
-    return native or "dequantized at each call, product in float"
 
 
 def _overflowing(products: int, rule: Rule) -> str:

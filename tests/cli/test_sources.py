@@ -28,9 +28,7 @@ def test_a_directory_with_pickled_weights_only_is_refused(refused, tmp_path):
     assert "pickle" in refused("plan", tmp_path, "-r", "weight-int8")
 
 
-def test_onnx_and_bare_weights_say_what_to_give_instead(refused, tmp_path, weights):
-    (tmp_path / "m.onnx").write_bytes(b"x")
-    assert "later version" in refused("plan", tmp_path / "m.onnx", "-r", "weight-int8")
+def test_bare_weights_say_what_to_give_instead(refused, tmp_path, weights):
     assert "without a model" in refused("plan", weights, "-r", "weight-int8")
 
 

@@ -36,7 +36,15 @@ WorkOption = Annotated[
 def quantize(
     model: ModelArgument,
     recipe: RecipeOption,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="Where the quantized model goes.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="Where the quantized model goes: a directory, or of an ONNX model a file.",
+        ),
+    ],
     data: Annotated[
         str | None, typer.Option("--data", "-d", metavar="DATA", help=f"Calibration data: {DATA_HELP}")
     ] = None,
@@ -62,10 +70,11 @@ def quantize(
     Examples:
         narrowcast quantize ./all-MiniLM-L6-v2 --recipe dynamic-int8 -o minilm-int8
         narrowcast quantize my_package.models:build -r static-int8 -d calibration.npz --limit 256 -o my-int8
+        narrowcast quantize model.onnx -r static-int8 -d calibration.npz -o model-int8.onnx
         narrowcast quantize ./my-llama -r weight-int4 -d texts.txt -o my-int4 --strict --report report.json
     """
     output = Output(as_json=as_json, quiet=quiet)
-    check_destinations(out, report)
+    check_destinations(out, report, onnx=model.lower().endswith(".onnx"))
     options = data_options(batch_size, limit, tokenizer, mean, std, image_size)
     with output.working(f"opening {model}"):
         import narrowcast as nc
@@ -90,13 +99,16 @@ def quantize(
         _show(output, result.report, out)
 
 
-def check_destinations(out: Path, report: Path | None) -> None:
+def check_destinations(out: Path, report: Path | None, *, onnx: bool = False) -> None:
     """Find out before the work what would fail after it; `nc.save` checks again."""
     from narrowcast.export.checkpoint_schema import DESCRIPTION
 
-    if out.exists() and not out.is_dir():
+    if onnx:
+        if out.suffix.lower() != ".onnx" or out.is_dir() or not out.absolute().parent.is_dir():
+            raise CheckpointError(f"--out {out}: an ONNX model is saved as a file; name one that ends in .onnx")
+    elif out.exists() and not out.is_dir():
         raise CheckpointError(f"--out {out} is a file; name a directory that does not exist yet")
-    if out.is_dir() and any(out.iterdir()) and not (out / DESCRIPTION).is_file():
+    elif out.is_dir() and any(out.iterdir()) and not (out / DESCRIPTION).is_file():
         raise CheckpointError(f"--out {out} is not empty and no narrowcast checkpoint; choose another directory")
     if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
         raise CheckpointError(f"--report {report}: no file can be written there; name one in a directory that exists")
@@ -119,5 +131,6 @@ def _show(output: Output, report: Report, out: Path) -> None:
     from narrowcast.report import format_bytes
 
     output.show(in_width(output, report))
-    size = sum(file.stat().st_size for file in out.iterdir())
+    files = out.iterdir() if out.is_dir() else [f for f in (out, out.with_name(f"{out.name}.data")) if f.is_file()]
+    size = sum(file.stat().st_size for file in files)
     output.show(f"saved to {out} ({format_bytes(size)})")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 MODEL_HELP = (
-    "Hugging Face directory, narrowcast checkpoint, .pt2 file (torch.export), or package.module:factory of a function "
-    "that returns the model."
+    "Hugging Face directory, narrowcast checkpoint, .onnx file, .pt2 file (torch.export), or package.module:factory "
+    "of a function that returns the model."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -32,7 +32,7 @@ class Source:
 
     Args:
         text: as typed.
-        kind: "checkpoint", "huggingface", "exported" or "factory".
+        kind: "checkpoint", "huggingface", "exported", "onnx" or "factory".
         model: in eval mode.
         architecture: the factory that a fresh process loads a checkpoint into, or None.
     """
@@ -47,7 +47,7 @@ def check_source(text: str) -> str:
     """The kind of what `text` names, refused here if opening it could run foreign code or is not possible.
 
     Raises:
-        ModelError: it does not exist, is a pickle, an ONNX file, a bare file of weights, or nothing that is known.
+        ModelError: it does not exist, is a pickle, a bare file of weights, or nothing that is known.
     """
     from narrowcast.cli.exported import check_exported
     from narrowcast.cli.headers import directory_files, refuse_pickle
@@ -56,11 +56,6 @@ def check_source(text: str) -> str:
     path = Path(text)
     if path.is_file():
         refuse_pickle(path)
-        if path.suffix.lower() == ".onnx":
-            raise ModelError(
-                f"{text}: ONNX input arrives with the onnx extra of a later version; until then narrowcast inspect "
-                "lists what is in it, and quantizing starts from the PyTorch model it was exported from"
-            )
         if path.suffix.lower() == ".safetensors":
             raise ModelError(
                 f"{text} holds weights without a model; give the directory with its config.json, or "

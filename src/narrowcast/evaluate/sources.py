@@ -19,15 +19,16 @@ import torch
 from torch import nn
 
 from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.models import require_onnx
 
 DESCRIPTION = "narrowcast.json"
 CONFIG = "config.json"
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-ACCEPTED = "a narrowcast checkpoint, a Hugging Face directory, a .pt2 file or package.module:factory"
+ACCEPTED = "a narrowcast checkpoint, a Hugging Face directory, a .pt2 or .onnx file or package.module:factory"
 
 
 def kind(source: str | Path) -> str:
-    """What a source is: "checkpoint", "huggingface", "exported" or "factory".
+    """What a source is: "checkpoint", "huggingface", "exported", "onnx" or "factory".
 
     Raises:
         ModelError: it is none of these, or does not exist.
@@ -39,6 +40,8 @@ def kind(source: str | Path) -> str:
         return "huggingface"
     if path.is_file() and path.suffix == ".pt2":
         return "exported"
+    if path.is_file() and path.suffix.lower() == ".onnx":
+        return "onnx"
     if not path.exists() and FACTORY.fullmatch(str(source)):
         return "factory"
     what = "is none of these" if path.exists() else "does not exist"
@@ -50,15 +53,20 @@ def open_model(source: str | Path, into: nn.Module | None = None) -> nn.Module:
 
     Args:
         source: a narrowcast checkpoint, a Hugging Face directory (opened as float32, nothing is downloaded, no code
-            of it is run), a `.pt2` file of torch.export (open only what you trust: torch unpickles parts of it), or
-            `package.module:factory`, a function without arguments.
+            of it is run), a `.pt2` file of torch.export (open only what you trust: torch unpickles parts of it), an
+            `.onnx` file, which ONNX Runtime answers for, or `package.module:factory`, a function without arguments.
         into: the architecture for a checkpoint whose model is no transformers class; it is filled in place.
 
     Raises:
         ModelError: the source cannot be opened.
         CheckpointError: a checkpoint is damaged or needs `into`.
     """
-    opener = {"huggingface": _open_huggingface, "exported": _open_exported, "factory": _open_factory}
+    opener = {
+        "huggingface": _open_huggingface,
+        "exported": _open_exported,
+        "onnx": _open_onnx,
+        "factory": _open_factory,
+    }
     found = kind(source)
     if found == "checkpoint":
         return _room("export").load(source, into)  # type: ignore[no-any-return]
@@ -122,6 +130,12 @@ def _open_huggingface(source: str) -> nn.Module:
     except Exception as error:  # a foreign directory can make transformers fail in any way; the message keeps its words
         raise ModelError(f"transformers cannot open {source!r}: {type(error).__name__}: {error!s:.500}") from error
     return model.float().eval()
+
+
+def _open_onnx(source: str) -> nn.Module:
+    require_onnx()
+    model: nn.Module = importlib.import_module("narrowcast.models.onnx_session").open_onnx_module(source)
+    return model
 
 
 def _open_exported(source: str) -> nn.Module:

@@ -35,17 +35,20 @@ from narrowcast.export.checkpoint_schema import (
     validate,
 )
 from narrowcast.export.checkpoint_tensors import check_storable, separate_aliases, slots, source_hash, visits
+from narrowcast.export.onnx_save import save_onnx
+from narrowcast.models import is_onnx_module
 from narrowcast.nn import MODULES, InstalledModule, QuantizedModule
 
 __all__ = ["load", "read_description", "save", "source_hash"]
 
 
 def save(quantized: Any, directory: str | Path) -> None:
-    """Write a quantized model to a directory, in full or not at all.
+    """Write a quantized model to a directory, or an ONNX model to an .onnx file, in full or not at all.
 
     Args:
         quantized: what `nc.quantize` returned: `.model`, `.report`, `.recipe`.
-        directory: absent, empty, or an earlier checkpoint, which is replaced in one step.
+        directory: absent, empty, or an earlier checkpoint, which is replaced in one step; of an ONNX model the path
+            of the .onnx file.
 
     Raises:
         CheckpointError: the directory holds something else, the disk refuses, or the model has a part that cannot
@@ -54,6 +57,9 @@ def save(quantized: Any, directory: str | Path) -> None:
     model = getattr(quantized, "model", None)
     if not isinstance(model, nn.Module) or not hasattr(quantized, "report"):
         raise CheckpointError(f"save takes what nc.quantize returned, got {type(quantized).__name__}")
+    if is_onnx_module(model):
+        save_onnx(model, quantized.recipe, Path(directory))
+        return
     modules = _modules(model)
     found = list(slots(model))
     for slot in found:

@@ -1,9 +1,10 @@
 """The only room that knows a framework's models."""
 
-from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site
+from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Sample, Site
 from narrowcast.models.batchnorm import FoldReport, find_pairs, fold_
 from narrowcast.models.blocks import Blocks, Link, ModelBlock, find_blocks
 from narrowcast.models.expected_inputs import expected_inputs
+from narrowcast.models.onnx_source import is_onnx, is_onnx_module, require_onnx
 from narrowcast.models.torch_model import TorchModel
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ModelAdapter",
     "ModelBlock",
     "Observation",
+    "Possible",
     "Sample",
     "Site",
     "TorchModel",
@@ -21,4 +23,7 @@ __all__ = [
     "find_blocks",
     "find_pairs",
     "fold_",
+    "is_onnx",
+    "is_onnx_module",
+    "require_onnx",
 ]

@@ -96,8 +96,35 @@ class Observation:
 Watcher = Callable[[Tensor], None]
 
 
+@dataclass(frozen=True)
+class Possible:
+    """What a target can make of a weight and its input.
+
+    Args:
+        weight: format of the weight; None keeps it float.
+        input: format of the input; None leaves it float.
+        reason: why it is kept, or what is worth knowing.
+        fallback: why it is not what was asked for; "" where it is.
+    """
+
+    weight: QuantSpec | None
+    input: QuantSpec | None
+    reason: str = ""
+    fallback: str = ""
+
+
 class ModelAdapter(ABC):
-    """The only way the pipeline touches a model; one implementation per framework."""
+    """The only way the pipeline touches a model; one implementation per framework.
+
+    Attributes:
+        name: of the model, for people.
+        model: the working copy, called like a torch module.
+        notes: decisions that concern no single layer.
+    """
+
+    name: str
+    model: Any
+    notes: list[str]
 
     @abstractmethod
     def layers(self) -> list[Layer]:
@@ -106,6 +133,34 @@ class ModelAdapter(ABC):
     @abstractmethod
     def weight(self, layer: Layer) -> Tensor:
         """The float weight as a matrix [out, in * kernel]."""
+
+    def possible(self, layer: Layer, weight: QuantSpec, given: QuantSpec | None) -> Possible:
+        """What becomes of a weight and its input that are to have these formats; here what is asked for."""
+        return Possible(weight, given)
+
+    @abstractmethod
+    def takes_activation(self, site: Site) -> bool:
+        """Whether the input of a site can be quantized."""
+
+    @abstractmethod
+    def input_groups(self, site: Site) -> int:
+        """Groups of a convolution, 1 elsewhere: the input channels that a row of the weight does not see."""
+
+    @abstractmethod
+    def is_depthwise(self, site: Site) -> bool:
+        """Whether no two input channels are summed."""
+
+    @abstractmethod
+    def kernel_elements(self, site: Site) -> int:
+        """Columns of the weight per input channel."""
+
+    @abstractmethod
+    def kernel_name(self, op: str) -> str:
+        """The body that runs an integer operation, as the report says it."""
+
+    @abstractmethod
+    def float_kernel(self, layer: Layer, spec: QuantSpec) -> str:
+        """What multiplies float inputs with a weight of this format."""
 
     @abstractmethod
     def integer_op(self, site: Site, spec: QuantSpec, mode: str) -> str | None:

@@ -13,11 +13,19 @@ from torch.nn.parameter import is_lazy
 from narrowcast.core import QuantizedTensor, QuantSpec
 from narrowcast.data import iterate
 from narrowcast.errors import DataError, ModelError
+from narrowcast.kernels import kernel_name
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Sample, Site, Watcher
 from narrowcast.models.layer_kinds import LayerKind, kind_of, why_unsupported
 from narrowcast.models.modules import get_module, replace_everywhere_
 from narrowcast.models.patches import input_rows
-from narrowcast.nn import Activation, InstalledModule, MultiheadAttention, QuantizedModule
+from narrowcast.nn import (
+    Activation,
+    InstalledModule,
+    MultiheadAttention,
+    QuantizedModule,
+    StoredWeight,
+    weight_only_kernel,
+)
 from narrowcast.nn.trained import TrainedModule
 
 # A kept sample has at most this many elements: enough to judge a layer, small beside any model.
@@ -53,7 +61,8 @@ class TorchModel(ModelAdapter):
         if lazy := next((name for name, tensor in model.named_parameters() if is_lazy(tensor)), ""):
             raise ModelError(f"parameter {lazy!r} is not initialized; run the model once first")
         self.original = model
-        self.model = model if inplace else _structural_copy(model)
+        self.name = type(model).__name__
+        self.model: nn.Module = model if inplace else _structural_copy(model)
         self.notes: list[str] = []
         if inplace:
             self.notes.append(
@@ -75,7 +84,7 @@ class TorchModel(ModelAdapter):
         """
         made = cls.__new__(cls)
         made.original, made.model = model, _structural_copy(model) if copy else model
-        made.notes, made._layers = [], []
+        made.name, made.notes, made._layers = type(model).__name__, [], []
         return made
 
     def layers(self) -> list[Layer]:
@@ -94,16 +103,26 @@ class TorchModel(ModelAdapter):
         module, kind = self._module(site.path)
         return kind.integer_op(module, spec, mode)
 
+    def kernel_name(self, op: str) -> str:
+        """See `ModelAdapter`."""
+        return kernel_name(op)
+
+    def float_kernel(self, layer: Layer, spec: QuantSpec) -> str:
+        """See `ModelAdapter`."""
+        stored = StoredWeight("weight", spec, (layer.shape[0], layer.shape[1]))
+        native = weight_only_kernel(stored) if layer.type in ("Linear", "Conv1D") else None
+        return native or "dequantized at each call, product in float"
+
     def takes_activation(self, site: Site) -> bool:
-        """Whether the input of a site can be quantized."""
+        """See `ModelAdapter`."""
         return self._module(site.path)[1].takes_activation
 
     def input_groups(self, site: Site) -> int:
-        """Groups of a convolution, 1 elsewhere: the input channels that a row of the weight does not see."""
+        """See `ModelAdapter`."""
         return int(getattr(self._module(site.path)[0], "groups", 1))
 
     def is_depthwise(self, site: Site) -> bool:
-        """Whether no two input channels are summed."""
+        """See `ModelAdapter`."""
         module = self._module(site.path)[0]
         return getattr(module, "groups", 1) > 1 and module.groups == module.in_channels
 
@@ -118,7 +137,7 @@ class TorchModel(ModelAdapter):
         return kind.channel_dim
 
     def kernel_elements(self, site: Site) -> int:
-        """Columns of the weight per input channel."""
+        """See `ModelAdapter`."""
         module, kind = self._module(site.path)
         return kind.kernel_elements(module)
 

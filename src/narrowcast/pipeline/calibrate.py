@@ -15,7 +15,7 @@ from narrowcast.core import PerChannel, QuantSpec, choose_scale
 from narrowcast.data import iterate, repeatable
 from narrowcast.errors import DataError
 from narrowcast.methods import Seen
-from narrowcast.models import Layer, Observation, TorchModel
+from narrowcast.models import Layer, ModelAdapter, Observation
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
 from narrowcast.pipeline.outliers import choose_outliers, describe_outliers
@@ -87,7 +87,7 @@ class _Peekable:
         return self._first
 
 
-def first_batch(data: Any, adapter: TorchModel) -> Any:
+def first_batch(data: Any, adapter: ModelAdapter) -> Any:
     """The first batch of the data.
 
     Raises:
@@ -99,7 +99,7 @@ def first_batch(data: Any, adapter: TorchModel) -> Any:
     raise DataError("the calibration data is empty: it has no batch; give at least one")
 
 
-def calibrate(adapter: TorchModel, plan: Plan, data: Any) -> Calibration:
+def calibrate(adapter: ModelAdapter, plan: Plan, data: Any) -> Calibration:
     """One streaming pass over the data with the observers that the plan needs."""
     result = Calibration()
     watchers: dict[str, list[Any]] = {}
@@ -142,7 +142,7 @@ def thinned(update: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     return watch
 
 
-def _consumers(adapter: TorchModel, row: LayerPlan) -> list[str]:
+def _consumers(adapter: ModelAdapter, row: LayerPlan) -> list[str]:
     if row.weight is None:
         return []
     return [site.path for site in row.layer.sites if adapter.takes_activation(site)]
@@ -152,7 +152,7 @@ def _consumers(adapter: TorchModel, row: LayerPlan) -> list[str]:
 PARTLY_SEEN = ("LSTM", "GRU", "Experts")
 
 
-def seen_by(adapter: TorchModel, layer: Layer, calibration: Calibration) -> tuple[Seen | None, str]:
+def seen_by(adapter: ModelAdapter, layer: Layer, calibration: Calibration) -> tuple[Seen | None, str]:
     """What calibration knows of the columns of a weight, and how to say it in the report.
 
     The weights of a recurrent layer that multiply hidden states, those of experts that multiply inner values, and a
@@ -184,7 +184,7 @@ def sees_input(parameter: str) -> bool:
 
 
 def activations_of(
-    adapter: TorchModel, row: LayerPlan, path: str, calibration: Calibration
+    adapter: ModelAdapter, row: LayerPlan, path: str, calibration: Calibration
 ) -> list[tuple[Activation, str]]:
     """The treatments of a module's input to choose from, best guess first, each with its text for the report.
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from narrowcast.errors import ContractError, DataError, ModelError, RecipeError
-from narrowcast.models import TorchModel
+from narrowcast.models import ModelAdapter
 from narrowcast.pipeline.sequential import wants_blocks
 from narrowcast.pipeline.solve_weight import check_finite, needs_of
 from narrowcast.planning import LayerPlan, Plan
 
 
-def check_has_values(adapter: TorchModel) -> None:
+def check_has_values(adapter: ModelAdapter) -> None:
     """Raise ModelError where a weight is on the meta device."""
     for layer in adapter.layers():
         if not layer.reason and layer.type != "Parameter" and adapter.weight(layer).is_meta:
@@ -22,7 +22,7 @@ def check_has_values(adapter: TorchModel) -> None:
             )
 
 
-def check_weights(adapter: TorchModel, plan: Plan) -> None:
+def check_weights(adapter: ModelAdapter, plan: Plan) -> None:
     """Refuse to quantize weights that are not finite, before any work is done; kept ones may hold anything."""
     for row in plan.layers:
         if row.weight is not None:

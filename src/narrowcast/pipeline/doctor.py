@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from narrowcast.data import Batch, DataStatistics, iterate, named_inputs, out_of_vocabulary, repeatable
 from narrowcast.data.signature import Signature
-from narrowcast.errors import DataError
-from narrowcast.models import FoldReport, TorchModel
+from narrowcast.errors import DataError, ModelError
+from narrowcast.models import FoldReport, TorchModel, is_onnx
 from narrowcast.models.entrance import Entrance, find_entrance, norm_sums
 from narrowcast.pipeline.calibrate import Calibration, first_batch, rewindable
 from narrowcast.pipeline.findings import Dead, judge_length, judge_reach, judge_tokens, judge_values
@@ -228,6 +228,8 @@ def examine(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe, d
         RecipeError: as `plan` does.
         DataError: an id is outside the vocabulary, or the data cannot be read.
     """
+    if is_onnx(model):
+        raise ModelError("calibration data is examined for PyTorch models only; leave out the data of an ONNX file")
     adapter = TorchModel(model)
     batches = rewindable(data)
     doctor = Doctor.of(

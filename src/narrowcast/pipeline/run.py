@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import importlib
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from narrowcast.core import sqnr_db
 from narrowcast.errors import ContractError, ModelError
 from narrowcast.export.checkpoint_tensors import source_hash
-from narrowcast.models import FoldReport, TorchModel, expected_inputs, find_pairs, fold_
+from narrowcast.models import FoldReport, TorchModel, expected_inputs, find_pairs, fold_, is_onnx, require_onnx
 from narrowcast.models.modules import evaluation_mode, get_module, stored_bytes
 from narrowcast.nn import QuantizedConv
 from narrowcast.pipeline.calibrate import Calibration, calibrate, first_batch, rewindable
@@ -27,12 +26,12 @@ from narrowcast.pipeline.checks import (
     check_plan,
     check_resume,
     check_weights,
-    coverage,
     refuse,
 )
 from narrowcast.pipeline.doctor import Doctor, refuse_severe, sort_findings, unseen
 from narrowcast.pipeline.fuse import Flows, fuse, planned_convolutions, trace
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_calls, slower_than_float
+from narrowcast.pipeline.result import Quantized, totals_of
 from narrowcast.pipeline.resume import Journal, fingerprint
 from narrowcast.pipeline.sequential import solve_in_blocks, wants_blocks
 from narrowcast.pipeline.shared_ranges import SharedRanges
@@ -42,31 +41,14 @@ from narrowcast.pipeline.transform import transform
 from narrowcast.planning import Plan, make_plan, untie_for
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
-from narrowcast.report import Finding, LayerChange, LayerOutcome, Report, Totals
+from narrowcast.report import Finding, LayerChange, LayerOutcome, Report
 
 # Float32 rounding of a network of this depth; a fold that changes more than this has changed the function.
 _SAME_FUNCTION_DB = 60.0
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """The result of `quantize`.
-
-    Args:
-        model: the quantized module; call it like the float one.
-        report: what became of every weight.
-        recipe: the recipe that was followed.
-        source_sha256: hash of the float model's tensors, which says what this was made from.
-    """
-
-    model: nn.Module
-    report: Report
-    recipe: Recipe
-    source_sha256: str = ""
-
-
 def quantize(
-    model: nn.Module,
+    model: Any,
     recipe: str | Path | Mapping[str, Any] | Recipe,
     data: Any = None,
     *,
@@ -79,7 +61,8 @@ def quantize(
     """Make a model small, and fast where its recipe computes in integers.
 
     Args:
-        model: any PyTorch module; it is not changed unless `inplace`.
+        model: any PyTorch module; it is not changed unless `inplace`. Or an ONNX model: the path of an .onnx file, an
+            `onnx.ModelProto` or an `onnx_ir.Model`.
         recipe: a preset name ("dynamic-int8"), a Recipe, a document, or a TOML or JSON file.
         data: calibration data: a DataLoader, an iterable of tensors, tuples or dicts, texts, or a callable that runs
             the model. Needed for static ranges; with it, weights are rounded with the inputs in mind, and the report
@@ -93,13 +76,15 @@ def quantize(
             there with the same result. Of use where the recipe's methods work block after block.
 
     Returns:
-        The quantized model in evaluation mode, with its report.
+        The quantized model in evaluation mode, with its report; of an ONNX model one that ONNX Runtime answers for.
 
     Raises:
         RecipeError, ModelError, DataError, FormatError: bad input; the message says what, where and the remedy.
         CheckpointError: `resume` holds the blocks of another model, recipe or data, or cannot be written.
         ContractError: `strict` or `min_coverage` is not met; the message lists the layers.
     """
+    if is_onnx(model):
+        return _quantize_onnx(model, recipe, data, strict, min_coverage, inplace, progress, resume)
     started = time.perf_counter()
     begun = solve_model(
         model, load_recipe(recipe), data, strict=strict, min_coverage=min_coverage, inplace=inplace, progress=progress,
@@ -118,6 +103,21 @@ def quantize(
     if strict:
         refuse([f"{row.layer}: fell back: {row.reason}" for row in outcomes if row.outcome == "fell back"])
     return Quantized(adapter.model, report, begun.job.plan.recipe, begun.source)
+
+
+def _quantize_onnx(
+    model: Any, recipe: Any, data: Any, strict: bool, min_coverage: float, inplace: bool, progress: bool, resume: Any
+) -> Quantized:
+    if inplace or resume is not None:
+        raise ModelError(
+            "ONNX files are quantized neither in place nor block after block; leave out inplace and resume"
+        )
+    require_onnx()
+    road = importlib.import_module("narrowcast.pipeline.onnx_run")
+    done: Quantized = road.quantize_onnx(
+        model, recipe, data, strict=strict, min_coverage=min_coverage, progress=progress
+    )
+    return done
 
 
 @dataclass(frozen=True)
@@ -318,26 +318,3 @@ def _judge_model(adapter: TorchModel, probe: Any, *, inplace: bool) -> Verdict:
         return Verdict()
     with torch.no_grad(), evaluation_mode(adapter.original):
         return judge_calls(lambda: probe.run(adapter.original), lambda: probe.run(adapter.model), budget=1.0)
-
-
-def totals_of(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: Any) -> Totals:
-    """Sums over the outcomes; sizes and seconds are the caller's to fill in."""
-    done = [row for row in outcomes if row.spec]
-    integer_names = {row.layer.name for row in plan.layers if row.integer}
-    integer = [row for row in done if row.layer in integer_names]
-    macs = None
-    if probe is not None:
-        macs = sum(row.macs or 0 for row in integer) / max(sum(row.macs or 0 for row in outcomes), 1)
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Totals(
-        quantized_parameters=sum(row.parameters for row in done),
-        coverage=coverage(plan),
-        integer_parameters=sum(row.parameters for row in integer),
-        integer_macs=macs,
-        peak_memory_bytes=kilobytes * (1 if sys.platform == "darwin" else 1024),
-        output_sqnr_db=verdict.sqnr_db,
-        float_ms=verdict.float_ms,
-        quantized_ms=verdict.quantized_ms,
-        timed_samples=None if probe is None else probe.samples,
-        threads=torch.get_num_threads(),
-    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from narrowcast.core import PerChannel, PerGroup, QuantizedTensor, QuantSpec, all_finite, spread_channels
 from narrowcast.errors import DataError, FormatError, ModelError
 from narrowcast.methods import Rtn, Seen, Solved, WeightMethod, make_method, weight_sqnr_db
-from narrowcast.models import Layer, TorchModel
+from narrowcast.models import Layer, ModelAdapter
 from narrowcast.nn import Activation
 from narrowcast.pipeline.calibrate import PARTLY_SEEN, Calibration, Evidence, seen_by, sees_input
 from narrowcast.pipeline.outliers import without_outliers
@@ -74,7 +74,7 @@ def needs_of(row: LayerPlan) -> frozenset[str]:
     return frozenset() if row.weight.format.learned and not method.takes_levels else frozenset(method.needs)
 
 
-def task_of(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
+def task_of(adapter: ModelAdapter, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
     """The weight and what is known of its inputs, as it is solved with this treatment of the input.
 
     Raises:
@@ -85,7 +85,7 @@ def task_of(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activ
     return replace(task, weight=weight, seen=seen)
 
 
-def _whole_task(adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
+def _whole_task(adapter: ModelAdapter, row: LayerPlan, calibration: Calibration, activation: Activation) -> Task:
     """The same with all channels of the input."""
     assert row.weight is not None
     weight = adapter.weight(row.layer)
@@ -114,7 +114,7 @@ def _whole_task(adapter: TorchModel, row: LayerPlan, calibration: Calibration, a
     return Task(weight, row.weight, seen, basis, None, columns)
 
 
-def column_ratio(adapter: TorchModel, row: LayerPlan, activation: Activation) -> Tensor | None:
+def column_ratio(adapter: ModelAdapter, row: LayerPlan, activation: Activation) -> Tensor | None:
     """[1 or out, columns] what a weight is multiplied by to take in the scales of a static input; None for 1."""
     relative = activation.ratio()
     if relative is None:
@@ -140,7 +140,7 @@ def _joined(layer: Layer, calibration: Calibration) -> Evidence | None:
     )
 
 
-def why_unseen(adapter: TorchModel, layer: Layer, calibration: Calibration) -> str:
+def why_unseen(adapter: ModelAdapter, layer: Layer, calibration: Calibration) -> str:
     """Why nothing but magnitudes can be known of a weight's inputs; "" when it can."""
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
@@ -152,7 +152,7 @@ def why_unseen(adapter: TorchModel, layer: Layer, calibration: Calibration) -> s
     return ""
 
 
-def why_not_method(adapter: TorchModel, row: LayerPlan, calibration: Calibration) -> str:
+def why_not_method(adapter: ModelAdapter, row: LayerPlan, calibration: Calibration) -> str:
     """Why the solver that the recipe names cannot work on this weight; "" when it can."""
     if row.weight is not None and row.weight.format.learned and not make_method(row.method).takes_levels:
         return f"levels of {row.weight} are learned by rtn and gptq only"
@@ -187,7 +187,7 @@ def _too_little(layer: Layer, calibration: Calibration) -> str:
 
 
 def solve_weight(
-    adapter: TorchModel, row: LayerPlan, calibration: Calibration, activation: Activation,
+    adapter: ModelAdapter, row: LayerPlan, calibration: Calibration, activation: Activation,
     method: WeightMethod | None = None,
 ) -> SolvedWeight:  # fmt: skip
     """The weight by its recipe's solver, or by `method`; falls back to round-to-nearest where that cannot work.

@@ -14,7 +14,7 @@ from narrowcast.models.modules import replace_everywhere_, stored_bytes
 from narrowcast.nn.trained import TrainedModule
 from narrowcast.pipeline.fuse import fuse
 from narrowcast.pipeline.judge import Verdict
-from narrowcast.pipeline.run import Quantized, totals_of
+from narrowcast.pipeline.result import Quantized, totals_of
 from narrowcast.qat.state import Prepared, prepared_of, twins_of, unwrapped
 from narrowcast.report import LayerOutcome, Report
 

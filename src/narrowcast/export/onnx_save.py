@@ -1,0 +1,27 @@
+"""Writing a quantized ONNX model, with a word on how it was made; imports nothing of ONNX before it is called."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from narrowcast.errors import CheckpointError
+
+
+def save_onnx(model: Any, recipe: Any, path: Path) -> None:
+    """Write an ONNX model to a file; the recipe goes into its metadata.
+
+    Args:
+        model: an `OnnxModule`.
+        recipe: what was followed.
+        path: ends in .onnx.
+
+    Raises:
+        CheckpointError: another ending, or the disk refuses.
+    """
+    if path.suffix.lower() != ".onnx":
+        raise CheckpointError(f"{path}: an ONNX model is saved as one file; give a path that ends in .onnx")
+    model.graph.metadata_props["narrowcast.recipe"] = json.dumps(recipe.to_dict())
+    importlib.import_module("narrowcast.models.onnx_file").write_onnx(model.graph, path)

@@ -1,0 +1,128 @@
+"""Reading and writing ONNX files: nothing is believed before it is checked, nothing outside the folder is read.
+
+Weights in external data stay on disk, memory-mapped, until they are asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError, EncodeError
+
+from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.models.onnx_source import is_onnx_module
+
+# A protobuf message cannot be larger; what is near goes into a file of weights beside it.
+_LARGEST_MESSAGE = 2**31 - 2**24
+_CUSTOM_EXTERNAL = 1024
+
+
+def read_onnx(source: Any) -> ir.Model:
+    """An ONNX model, its external data checked but not read.
+
+    Args:
+        source: path of a file, an `onnx.ModelProto`, an `onnx_ir.Model` or an `OnnxModule`; the last two are copied.
+
+    Raises:
+        ModelError: the file is missing, damaged, no ONNX model, or wants data from outside its folder.
+    """
+    if is_onnx_module(source):
+        return source.graph.clone()
+    if isinstance(source, ir.Model):
+        return source.clone()
+    if isinstance(source, onnx.ModelProto):
+        return _from_proto(source, "the model")
+    path = Path(source)
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file; give the path of an .onnx file")
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise ModelError(f"{path} is not an ONNX model or is damaged: {type(error).__name__}: {error}") from None
+    model = _from_proto(proto, str(path))
+    _check_external(model, path)
+    return model
+
+
+def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
+    if not proto.graph.node:
+        raise ModelError(f"{name} is not an ONNX model: its graph has no node")
+    try:
+        model = ir.from_proto(proto)
+        list(model.graph.all_nodes())
+    except Exception as error:  # a damaged message can make the reader fail in any way; its words are kept
+        raise ModelError(f"{name} is damaged: {type(error).__name__}: {error!s:.500}") from None
+    return model
+
+
+def tensors_of(model: ir.Model) -> Iterator[Any]:
+    """Every constant of a model: initializers and the tensors in attributes, in subgraphs and functions too."""
+    graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.as_tensor()
+
+
+def _check_external(model: ir.Model, path: Path) -> None:
+    """Every tensor outside the file lies in a file of the same folder that is long enough; then it is found there."""
+    folder = path.absolute().parent
+    for tensor in tensors_of(model):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        location = str(tensor.location)
+        target = folder / location
+        if Path(location).is_absolute() or not target.resolve().is_relative_to(folder.resolve()):
+            raise ModelError(f"{path}: tensor {tensor.name!r} wants {location!r}, which is outside the model's folder")
+        if not target.is_file():
+            raise ModelError(
+                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, and there is no such file"
+            )
+        offset = tensor.offset or 0
+        length = tensor.length if tensor.length is not None else tensor.nbytes
+        if offset < 0 or length < tensor.nbytes or offset + length > target.stat().st_size:
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} is bytes {offset} to {offset + max(length, tensor.nbytes)} of "
+                f"{location!r}, which has {target.stat().st_size}"
+            )
+        tensor.base_dir = str(folder)
+
+
+def stored_size(model: ir.Model) -> int:
+    """Bytes of all constants."""
+    return sum(int(tensor.nbytes) for tensor in tensors_of(model))
+
+
+def write_onnx(model: ir.Model, path: str | Path) -> list[Path]:
+    """Write a model; what is too large for one message has its weights in `<name>.data` beside it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointError: the folder does not exist or the disk refuses; what was there before is still there.
+    """
+    target = Path(path)
+    if not target.absolute().parent.is_dir() or target.is_dir():
+        raise CheckpointError(f"{target}: no file can be written there; name one in a folder that exists")
+    large = stored_size(model) > _LARGEST_MESSAGE
+    data = f"{target.name}.data" if large else None
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
+            # the weights of a copy: saving makes the tensors of its argument external for the time
+            ir.save(model, Path(folder) / target.name, external_data=data, size_threshold_bytes=_CUSTOM_EXTERNAL)
+            names = ([data] if data is not None else []) + [target.name]
+            for name in names:
+                (Path(folder) / name).replace(target.absolute().parent / name)
+    except (OSError, EncodeError, ValueError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from None
+    return [target.absolute().parent / name for name in names]

@@ -1,0 +1,315 @@
+"""The ONNX adapter: finds weights in a graph, watches values through ONNX Runtime, writes quantized forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from narrowcast.core import PerGroup, QuantizedTensor, QuantSpec
+from narrowcast.data import Batch, iterate
+from narrowcast.errors import DataError
+from narrowcast.models import onnx_patterns as patterns
+from narrowcast.models import onnx_targets as targets
+from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
+from narrowcast.models.onnx_file import read_onnx
+from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
+from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
+from narrowcast.models.onnx_session import OnnxModule, Watching, feeds_of
+from narrowcast.models.onnx_static import Placement, place, put
+from narrowcast.nn import Activation
+
+# Patches of an image tell much the same: about so many of each are given to watchers of vectors.
+_PATCHES = 256
+
+
+@dataclass(frozen=True)
+class Written:
+    """A quantized weight that is to be written at one use of it.
+
+    Args:
+        record: the weight.
+        activation: treatment of the input.
+        bias: [out] float32 in place of the node's own; None leaves that.
+    """
+
+    record: QuantizedTensor
+    activation: Activation
+    bias: Any = None
+
+
+class OnnxModel(ModelAdapter):
+    """An ONNX graph as the pipeline sees it.
+
+    Args:
+        source: path of an .onnx file, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
+        fold_batchnorm: whether BatchNorm becomes part of the convolution before it.
+        blocked: whether 4-bit or blocked formats will be written, which need opset 21.
+    """
+
+    def __init__(self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False) -> None:
+        self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
+        self.original = OnnxModule(read_onnx(source), self.name)
+        model, note = with_opset(read_onnx(source), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        if blocked:
+            model.ir_version = max(model.ir_version, BLOCKED_IR)
+        self.notes = [note] if note else []
+        self.notes += prepare(model, fold_batchnorm=fold_batchnorm)
+        self.model = OnnxModule(model, self.name)
+        self._found = find_uses(model)
+        self._layers = list(find_layers(model, self._found))
+        self._uses = {str(use.node.name): use for uses in self._found.values() for use in uses}
+        self._scribe = Scribe(model)
+        self._shared: dict[str, Any] = {}
+        self.codes: dict[str, str] = {}
+        self.placement = Placement()
+
+    @property
+    def graph(self) -> ir.Model:
+        """The working copy as a graph."""
+        return self.model.graph
+
+    def layers(self) -> list[Layer]:
+        """See `ModelAdapter`."""
+        return self._layers
+
+    def use(self, site: Site) -> Use:
+        """The node of a site, with its weight."""
+        return self._uses[site.path]
+
+    def weight(self, layer: Layer) -> Tensor:
+        """See `ModelAdapter`."""
+        use = self._uses[layer.sites[0].path]
+        matrix = KINDS[use.op].matrix(use.weight.const_value.numpy(), use)
+        return torch.from_numpy(np.array(matrix, np.float32, order="C"))
+
+    def possible(self, layer: Layer, weight: QuantSpec, given: QuantSpec | None) -> Possible:
+        """See `ModelAdapter`."""
+        return targets.possible(layer, [self.use(site) for site in layer.sites], weight, given)
+
+    def integer_op(self, site: Site, spec: QuantSpec, mode: str) -> str | None:
+        """See `ModelAdapter`."""
+        return targets.integer_op(self.use(site), spec, mode)
+
+    def kernel_name(self, op: str) -> str:
+        """See `ModelAdapter`."""
+        return op
+
+    def float_kernel(self, layer: Layer, spec: QuantSpec) -> str:
+        """See `ModelAdapter`."""
+        return targets.float_kernel(layer, spec)
+
+    def takes_activation(self, site: Site) -> bool:
+        """See `ModelAdapter`."""
+        return site.type not in ("Embedding", "Parameter")
+
+    def input_groups(self, site: Site) -> int:
+        """See `ModelAdapter`."""
+        use = self.use(site)
+        return int(attribute(use.node, "group", 1)) if use.op == "Conv" else 1
+
+    def is_depthwise(self, site: Site) -> bool:
+        """See `ModelAdapter`."""
+        return self.input_groups(site) > 1 and int(self.use(site).weight.const_value.shape[1]) == 1
+
+    def kernel_elements(self, site: Site) -> int:
+        """See `ModelAdapter`."""
+        use = self.use(site)
+        return int(np.prod(use.weight.const_value.shape[2:])) if use.op.startswith("Conv") else 1
+
+    def shows_rows(self, path: str) -> bool:
+        """Whether the vectors that a weight multiplies can be taken from the node's input."""
+        use = self._uses[path]
+        return not use.inside and (use.op in ("Gemm", "MatMul") or (use.op == "Conv" and self._axes(use) in (3, 4)))
+
+    def _axes(self, use: Use) -> int:
+        return len(use.weight.const_value.shape)
+
+    def input_rows(self, path: str, x: Tensor) -> Tensor:
+        """The vectors that the weight matrix at `path` multiplies, of its input as the graph has it.
+
+        Returns:
+            [groups, vectors, columns]; of an image at most 256 patches, evenly spread.
+        """
+        use = self._uses[path]
+        if use.op != "Conv":
+            return x.reshape(1, -1, x.shape[-1])
+        one = len(use.weight.const_value.shape) == 3
+        x = x.unsqueeze(-2) if one else x
+        kernel, stride, dilation, pads = conv_numbers(use, (x.shape[-2], x.shape[-1]))
+        top, left, bottom, right = pads
+        columns = functional.unfold(functional.pad(x, (left, right, top, bottom)), kernel, dilation, 0, stride)
+        step = max(1, -(-columns.shape[-1] // _PATCHES))
+        columns = columns[:, :, step // 2 :: step]
+        groups = self.input_groups(Site(path, "", ""))
+        columns = columns.reshape(x.shape[0], groups, -1, columns.shape[-1])
+        return columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
+
+    def bias(self, path: str) -> Tensor | None:
+        """The bias of the node at `path`; None where it has none."""
+        array = self._uses[path].bias_array
+        return None if array is None else torch.from_numpy(np.array(array))
+
+    def place_ranges(self, paths: Iterable[str]) -> list[str]:
+        """Decide where static ranges are needed for these nodes; returns the names of the values to observe."""
+        self.placement = place(self._uses[path].node for path in paths)
+        return self.placement.observed()
+
+    def input_value(self, path: str) -> str:
+        """Name of the value that a node's weight multiplies."""
+        return str(self._uses[path].input.name)
+
+    def observe(
+        self, data: Any, watchers: Mapping[str, Iterable[Watcher]],
+        values: Mapping[str, Iterable[Callable[[Tensor], None]]] | None = None,
+    ) -> Observation:  # fmt: skip
+        """See `ModelAdapter`; `values` watches further values of the main graph, by name.
+
+        Raises:
+            DataError: there is no batch, a batch does not fit the model, or a value is not finite.
+        """
+        seen = Observation()
+        listening: dict[str, list[Callable[[Tensor], None]]] = {n: list(calls) for n, calls in (values or {}).items()}
+        for path, use in self._uses.items():
+            if use.inside or use.input is None or not self.takes_activation(Site(path, "", KINDS[use.op].type(4))):
+                continue
+            count = _Counted(path, use, seen, list(watchers.get(path, ())))
+            listening.setdefault(self.input_value(path), []).append(count)
+        watching: Watching | None = None
+        for batch in iterate(data, self.model):
+            feeds = feeds_of(self.model.session, self.model.input_names, batch.args, batch.kwargs)
+            watching = watching or self._watching(list(listening), batch, feeds)
+            for name, value in watching.run(feeds):
+                _tell(name, value, listening[name], seen.batches)
+            seen.batches += 1
+            if batch.note and batch.note not in seen.notes:
+                seen.notes.append(batch.note)
+        return seen
+
+    def _watching(self, names: list[str], batch: Batch, feeds: Mapping[str, Any]) -> Watching:
+        """A session that shows these values, so many at a time as fit; a batch of one row tells how large they are."""
+        watching = Watching(self.graph, names)
+        one = {name: array[:1] if array.shape[:1] == (batch.samples,) else array for name, array in feeds.items()}
+        try:
+            sizes = {name: value.nbytes * batch.samples for name, value in watching.run(one)}
+        except DataError:  # the number of rows is part of the graph
+            sizes = {name: value.nbytes for name, value in watching.run(feeds)}
+        watching.split(sizes)
+        return watching
+
+    def build(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> Written:
+        """See `ModelAdapter`."""
+        (record,) = weights.values()
+        return Written(record, activation)
+
+    def install(self, path: str, module: Written) -> None:
+        """Write a quantized weight at one node; static inputs get their Q and DQ from `put_ranges`."""
+        use, record, mode = self._uses[path], module.record, module.activation.mode
+        scribe = self._scribe
+        bias = use.bias_array if module.bias is None else np.asarray(module.bias, np.float32)
+        if module.bias is not None and use.op in ("MatMul", "ConvTranspose"):
+            patterns.set_bias(scribe, use, bias)
+        if record.spec.format.is_cast:
+            self.codes[path] = patterns.cast(scribe, use, record)
+        elif use.op == "Gather":
+            self.codes[path] = patterns.rows(scribe, use, record)
+        elif mode == "static":
+            self._install_static(path, use, module, bias)
+        elif mode in ("dynamic", "asymmetric") and not self._in_blocks(use, record):
+            self.codes[path] = patterns.dynamic(scribe, use, record, bias, self._shared)
+        elif use.op in ("Gemm", "MatMul") and patterns.block_size(record) is not None:
+            level = 1 if mode == "float" else 4
+            self.codes[path] = patterns.blocks(scribe, use, record, bias, level=level)
+        else:
+            self.codes[path] = patterns.stored(scribe, use, record)
+
+    def _in_blocks(self, use: Use, record: QuantizedTensor) -> bool:
+        spec = record.spec
+        return use.op != "Conv" and (
+            spec.format.bits != 8 or isinstance(spec.granularity, PerGroup) or not spec.symmetric
+        )
+
+    def _install_static(self, path: str, use: Use, module: Written, bias: Any) -> None:
+        scale, zero = module.activation.scale, module.activation.zero_point
+        assert scale is not None and zero is not None
+        given = (float(scale), int(zero))
+        self.codes[path], raised = patterns.static(self._scribe, use, module.record, bias, given)
+        if raised:
+            self.notes.append(f"{path}: {raised} channels have larger scales, so that their bias fits into int32")
+
+    def put_ranges(self, paths: Iterable[str], ranges: Mapping[str, tuple[float, int]]) -> None:
+        """Write the Q and DQ nodes of what `place_ranges` decided."""
+        nodes = [self._uses[path].node for path in paths]
+        put(self._scribe, self.graph.graph, self.placement, nodes, ranges)
+
+    def finish(self) -> None:
+        """Remove what nothing reads any more."""
+        from onnx_ir.passes import common
+
+        common.RemoveUnusedNodesPass()(self.graph)
+        self.graph.graph.sort()
+        self.model = OnnxModule(self.graph, self.name)
+
+
+class _Counted:
+    """Tells the watchers of one node of its inputs, channels last, and counts."""
+
+    def __init__(self, path: str, use: Use, seen: Observation, watchers: list[Watcher]) -> None:
+        self.path, self.use, self.seen, self.watchers = path, use, seen, watchers
+
+    def __call__(self, x: Tensor) -> None:
+        convolution = self.use.op.startswith("Conv")
+        self.seen.calls[self.path] = self.seen.calls.get(self.path, 0) + 1
+        x = x.movedim(1, -1) if convolution else x
+        positions = x.numel() // max(x.shape[-1], 1)
+        if self.use.op == "Conv":
+            positions = x.shape[0] * conv_positions(self.use, tuple(x.shape[1:-1]))
+        self.seen.positions[self.path] = self.seen.positions.get(self.path, 0) + positions
+        for watcher in self.watchers:
+            watcher(x)
+
+
+def conv_numbers(use: Use, sides: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
+    """Kernel, stride, dilation, pads [begins..., ends...] of a convolution of images with these sides, in two axes."""
+    kernel = [int(side) for side in use.weight.const_value.shape[2:]]
+    spatial = len(kernel)
+    stride = list(attribute(use.node, "strides", [1] * spatial))
+    dilation = list(attribute(use.node, "dilations", [1] * spatial))
+    pads = list(attribute(use.node, "pads", [0] * 2 * spatial))
+    auto = attribute(use.node, "auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        for axis, side in enumerate(sides[-spatial:]):
+            reach = dilation[axis] * (kernel[axis] - 1) + 1
+            total = max(0, (-(-side // stride[axis]) - 1) * stride[axis] + reach - side)
+            small, large = total // 2, total - total // 2
+            pads[axis], pads[axis + spatial] = (small, large) if auto == "SAME_UPPER" else (large, small)
+    if spatial == 1:
+        return [1, *kernel], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
+    return kernel, stride, dilation, pads
+
+
+def conv_positions(use: Use, sides: tuple[int, ...]) -> int:
+    """Output positions of a convolution of one image with these sides."""
+    kernel, stride, dilation, pads = conv_numbers(use, sides)
+    sides = (1, *sides) if len(sides) == 1 else sides
+    half, total = len(pads) // 2, 1
+    for axis, side in enumerate(sides):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        total *= max(0, (side + pads[axis] + pads[axis + half] - reach) // stride[axis] + 1)
+    return total
+
+
+def _tell(name: str, value: Tensor, listeners: list[Callable[[Tensor], None]], batch: int) -> None:
+    for listener in listeners:
+        try:
+            listener(value)
+        except DataError as error:  # noqa: PERF203
+            raise DataError(f"value {name!r}, batch {batch}: {error}") from None

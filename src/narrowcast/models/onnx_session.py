@@ -1,0 +1,208 @@
+"""ONNX Runtime behind the face of a torch module: tensors in, tensors out; and a look at values inside the graph."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from narrowcast.errors import DataError, ModelError
+from narrowcast.models.onnx_file import read_onnx, stored_size, write_onnx
+
+# Larger models go through a file, since a message of two gigabytes cannot be.
+_LARGEST_MESSAGE = 2**30
+# Values that are watched leave the graph as outputs; about so many bytes of them are held at once.
+WATCHED_BYTES = 256 * 2**20
+_DTYPES = {
+    "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool,
+    "tensor(uint8)": torch.uint8, "tensor(int8)": torch.int8,
+}  # fmt: skip
+
+
+def open_session(model: ir.Model, *, optimized: Path | None = None) -> Any:
+    """A session of ONNX Runtime on the CPU with as many threads as torch has.
+
+    Args:
+        model: not changed.
+        optimized: where ONNX Runtime is to write the graph that it will run; None for nowhere.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the model; its words are in the message.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    with _loadable(model) as source:
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has a class of error for each status
+            raise ModelError(f"ONNX Runtime refuses the model: {type(error).__name__}: {error!s:.500}") from None
+
+
+@contextmanager
+def _loadable(model: ir.Model) -> Iterator[Any]:
+    """The model as bytes, or as a path where it is large."""
+    if stored_size(model) < _LARGEST_MESSAGE and not any(
+        isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()
+    ):
+        yield ir.to_proto(model).SerializeToString()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_onnx(model, Path(folder) / "model.onnx")[-1])
+
+
+def open_onnx_module(path: str | Path) -> OnnxModule:
+    """The model of an .onnx file, called like a torch module.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return OnnxModule(read_onnx(path), Path(path).name)
+
+
+class OnnxModule(nn.Module):
+    """An ONNX graph that is called like a torch module.
+
+    `forward` takes the graph's inputs, by position or by name, and returns its output, or a tuple of several.
+
+    Args:
+        model: the graph; `graph` afterwards.
+        name: for messages and reports.
+    """
+
+    def __init__(self, model: ir.Model, name: str) -> None:
+        super().__init__()
+        self.graph = model
+        self.name = name
+        self._session: Any = None
+        fixed = {str(key) for key in model.graph.initializers}
+        self.input_names = [str(value.name) for value in model.graph.inputs if str(value.name) not in fixed]
+        self.output_names = [str(value.name) for value in model.graph.outputs]
+        self.eval()
+        # what reads data looks at the signature of `forward` for the names of the inputs
+        self.forward = _with_signature(self.answer, self.input_names)  # type: ignore[method-assign]
+
+    @property
+    def session(self) -> Any:
+        """The session, opened when it is first needed."""
+        if self._session is None:
+            self._session = open_session(self.graph)
+        return self._session
+
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph gives for these inputs: a tensor, or a tuple of several."""
+        feeds = feeds_of(self.session, self.input_names, args, kwargs)
+        got = run_session(self.session, None, feeds)
+        tensors = tuple(torch.from_numpy(array) if hasattr(array, "dtype") else array for array in got)
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModule:
+        return OnnxModule(self.graph.clone(), self.name)
+
+
+def _with_signature(call: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD if all(n.isidentifier() for n in names) else None
+    if kinds is not None:
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kinds) for n in names])  # type: ignore[attr-defined]
+    return forward
+
+
+def feeds_of(session: Any, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a session as arrays of the dtypes that it wants.
+
+    Raises:
+        DataError: an input is missing, unknown or of an impossible dtype.
+    """
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    wanted = {entry.name: entry.type for entry in session.get_inputs() if entry.name in names}
+    if missing := [name for name in wanted if name not in given]:
+        raise DataError(f"the model has the input {missing[0]!r}, and the data does not; it has {', '.join(given)}")
+    if unknown := [name for name in given if name not in wanted]:
+        raise DataError(f"the model has no input {unknown[0]!r}; it has {', '.join(wanted)}")
+    feeds = {}
+    for name, value in given.items():
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        dtype = _DTYPES.get(wanted[name], tensor.dtype)
+        if tensor.is_floating_point() and not dtype.is_floating_point:
+            raise DataError(f"input {name!r} wants {wanted[name]}, and the data has {tensor.dtype}")
+        feeds[name] = tensor.detach().to("cpu", dtype).contiguous().numpy()
+    return feeds
+
+
+def run_session(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+    """One run.
+
+    Raises:
+        DataError: the inputs do not fit the model; the message has ONNX Runtime's words.
+    """
+    try:
+        return list(session.run(outputs, dict(feeds)))
+    except Exception as error:  # as above: many classes without a common base
+        shapes = {name: (str(array.dtype), array.shape) for name, array in feeds.items()}
+        raise DataError(f"the inputs {shapes} do not run through the model: {error!s:.500}") from None
+
+
+class Watching:
+    """Runs a model so that values inside its graph are seen, a bounded number of bytes at a time.
+
+    Args:
+        model: not changed.
+        names: of the values.
+    """
+
+    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
+        inputs = {str(value.name) for value in model.graph.inputs}
+        self.names = list(names)
+        self.parts = [[name for name in names if name not in inputs]]
+        self.session = open_session(with_outputs(model, self.names))
+
+    def split(self, sizes: Mapping[str, int]) -> None:
+        """Show as many values per run as have `WATCHED_BYTES` together, at least one; `sizes` in bytes for a batch."""
+        parts: list[list[str]] = []
+        held = 0
+        for name in [name for part in self.parts for name in part]:
+            held += sizes[name]
+            if not parts or held > WATCHED_BYTES:
+                parts.append([])
+                held = sizes[name]
+            parts[-1].append(name)
+        self.parts = parts
+
+    def run(self, feeds: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Every watched value with its name."""
+        yield from ((name, torch.from_numpy(feeds[name])) for name in self.names if name in feeds)
+        for part in filter(None, self.parts):  # asked for nothing, a session gives everything
+            yield from zip(part, map(torch.from_numpy, run_session(self.session, part, feeds)), strict=True)
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of a model whose outputs are these values of its main graph, besides its own."""
+    copy = model.clone()
+    graph = copy.graph
+    values = {str(value.name): value for value in graph.inputs}
+    for node in graph:
+        values |= {str(value.name): value for value in node.outputs}
+    present = {str(value.name) for value in graph.outputs}
+    for name in names:
+        if name in present or name in {str(value.name) for value in graph.inputs}:
+            continue
+        value = values[name]
+        if value.type is None:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        graph.outputs.append(value)
+    return copy

@@ -1,0 +1,259 @@
+"""The main job for ONNX files: the same plan, observers, solvers and report, written as what ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.core import PerGroup, QuantSpec, choose_scale
+from narrowcast.errors import ContractError, RecipeError
+from narrowcast.models import FoldReport
+from narrowcast.models.onnx_file import stored_size
+from narrowcast.models.onnx_model import OnnxModel, Written
+from narrowcast.models.onnx_verdict import Kernel, kernels_of
+from narrowcast.nn import Activation
+from narrowcast.observers import ChannelMagnitude, Observer, make_observer
+from narrowcast.observers.grouped_hessian import GroupedHessian
+from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
+from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
+from narrowcast.pipeline.judge import Verdict, judge_calls
+from narrowcast.pipeline.onnx_outcome import outcomes
+from narrowcast.pipeline.result import Quantized, totals_of
+from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
+from narrowcast.planning import LayerPlan, Plan, make_plan
+from narrowcast.progress import progress_steps
+from narrowcast.recipe import Recipe, load_recipe
+from narrowcast.report import Report
+from narrowcast.transforms import analytic_correction
+
+_STATIC = QuantSpec.parse("uint8/tensor")
+# Below this many positions the mean of an input says more of the sample than of the layer.
+_SMALLEST_SAMPLE = 64
+
+
+class ChannelMean:
+    """Streaming mean of every channel; channels are the last dimension of the batches."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self._sum: Tensor | None = None
+
+    def update(self, batch: Tensor) -> None:
+        """Take in [..., channels] float."""
+        rows = batch.reshape(-1, batch.shape[-1]).double()
+        self.positions += rows.shape[0]
+        self._sum = rows.sum(0) if self._sum is None else self._sum + rows.sum(0)
+
+    def result(self) -> Tensor | None:
+        """[channels] float64; None where too little was seen."""
+        if self._sum is None or self.positions < _SMALLEST_SAMPLE:
+            return None
+        return self._sum / self.positions
+
+
+@dataclass
+class _Job:
+    """What is known and done so far; the names are those of `pipeline.solve.Job`."""
+
+    adapter: OnnxModel
+    plan: Plan
+    calibration: Calibration = field(default_factory=Calibration)
+    values: dict[str, Observer] = field(default_factory=dict)
+    means: dict[str, ChannelMean] = field(default_factory=dict)
+    solved: dict[str, SolvedWeight] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    corrected: set[str] = field(default_factory=set)
+
+    def static_paths(self) -> list[str]:
+        """Nodes whose input gets a static range."""
+        return [site.path for row in self.plan.layers if is_static(row) for site in row.layer.sites
+                if self.adapter.takes_activation(site)]  # fmt: skip
+
+
+def is_static(row: LayerPlan) -> bool:
+    """Whether a weight multiplies an input with a static range."""
+    return row.weight is not None and row.input is not None and bool(row.input.observer)
+
+
+def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
+    """The adapter of an ONNX model for a recipe.
+
+    Raises:
+        ModelError: it cannot be read.
+        RecipeError: the recipe asks for what ONNX files do not get.
+    """
+    if recipe.transforms:
+        names = ", ".join(name for entry in recipe.transforms for name in entry)
+        raise RecipeError(
+            f"recipe {recipe.name!r} has the transforms {names}, which are not applied to ONNX files; leave them out, "
+            "or quantize the PyTorch model and export it"
+        )
+    if recipe.sequential is True:
+        raise RecipeError(
+            f"recipe {recipe.name!r} is sequential = true, but the layers of an ONNX file are solved from one pass "
+            "over the data; leave sequential at 'auto'"
+        )
+    for rule in recipe.rules:
+        if rule.input is not None and rule.input.outliers:
+            raise RecipeError(f"rule {rule}: ONNX files have no form for outlier channels; leave out 'outliers:...'")
+    specs = [rule.weight for rule in recipe.rules if rule.weight is not None]
+    blocked = any(spec.format.bits < 8 or isinstance(spec.granularity, PerGroup) for spec in specs)
+    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked)
+
+
+def plan_onnx(model: Any, recipe: Recipe) -> Plan:
+    """What `quantize_onnx` would do."""
+    return make_plan(open_onnx(model, recipe), recipe, FoldReport())
+
+
+def quantize_onnx(
+    model: Any, recipe: str | Path | Mapping[str, Any] | Recipe, data: Any = None, *, strict: bool = False,
+    min_coverage: float = 0.0, progress: bool = True,
+) -> Quantized:  # fmt: skip
+    """Quantize an ONNX model; arguments, result and errors are those of `nc.quantize`.
+
+    Returns:
+        `.model` answers like the float model, by ONNX Runtime; `nc.save` writes it as an .onnx file.
+    """
+    started = time.perf_counter()
+    if not 0.0 <= min_coverage <= 1.0:
+        raise ContractError(f"min_coverage is a share between 0 and 1, got {min_coverage}")
+    loaded = load_recipe(recipe)
+    adapter = open_onnx(model, loaded)
+    batches = rewindable(data)
+    before = stored_size(adapter.graph)
+    probe = None if data is None else first_batch(batches, adapter)
+    job = _Job(adapter, make_plan(adapter, loaded, FoldReport(), has_data=data is not None))
+    check_has_data(job.plan, data)
+    check_plan(job.plan, strict=strict, min_coverage=min_coverage)
+    check_weights(adapter, job.plan)
+    _observe(job, batches, progress=progress)
+    _solve(job, progress=progress)
+    adapter.finish()
+    kernels = kernels_of(adapter.graph, adapter.codes)
+    rows = outcomes(job, kernels)
+    verdict = _judge(adapter, probe)
+    totals = replace(
+        totals_of(job.plan, rows, verdict, probe), parameters=sum(row.parameters for row in rows), bytes_before=before,
+        bytes_after=stored_size(adapter.graph), seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    notes = [*adapter.notes, *job.calibration.observation.notes, *_notes(kernels)]
+    report = Report(loaded.name, adapter.name, rows, totals, notes)
+    if strict:
+        refuse([f"{row.layer}: fell back: {row.reason}" for row in rows if row.outcome == "fell back"])
+    return Quantized(adapter.model, report, loaded)
+
+
+def _notes(kernels: Mapping[str, Kernel]) -> list[str]:
+    stored = [path for path, kernel in kernels.items() if "DequantizeLinear" in kernel.through]
+    if not stored:
+        return []
+    return [
+        f"{len(stored)} weights ({stored[0]}, ...) are dequantized at every run: the file is smaller, and slower than "
+        "float32"
+    ]
+
+
+def _observe(job: _Job, batches: Any, *, progress: bool) -> None:
+    """One pass over the data with what the plan needs of it."""
+    adapter, calibration = job.adapter, job.calibration
+    if batches is None:
+        return
+    watchers: dict[str, list[Any]] = {}
+    texts: dict[str, str] = {}
+    hessians: dict[str, GroupedHessian] = {}
+    values: dict[str, list[Any]] = {}
+    for row in job.plan.layers:
+        for site in row.layer.sites if row.weight is not None else ():
+            if not adapter.takes_activation(site):
+                continue
+            path = site.path
+            calibration.magnitudes[path], job.means[path] = ChannelMagnitude(), ChannelMean()
+            watchers[path] = [thinned(calibration.magnitudes[path].update), job.means[path].update]
+            if is_static(row) and row.input is not None:
+                texts.setdefault(adapter.input_value(path), row.input.observer)
+            if "hessian" in needs_of(row) and adapter.shows_rows(path):
+                hessians[path] = _watch_rows(adapter, path, values)
+    for name in adapter.place_ranges(job.static_paths()):
+        observer = job.values[name] = make_observer(texts.get(name) or next(iter(texts.values())))
+        values.setdefault(name, []).append(observer.update)
+    with progress_steps("calibrating", 1, enabled=progress) as step:
+        calibration.observation = adapter.observe(batches, watchers, values)
+        step("")
+    for path, hessian in hessians.items():
+        if hessian.samples:
+            calibration.evidence[path] = Evidence(hessian.samples, hessian.result())
+    for path in job.static_paths():
+        calibration.ranges[path] = job.values[adapter.placement.source(adapter.input_value(path))]
+
+
+def _watch_rows(adapter: OnnxModel, path: str, values: dict[str, list[Any]]) -> GroupedHessian:
+    """A Hessian of the vectors that one weight multiplies."""
+    hessian = GroupedHessian()
+
+    def watch(x: Tensor) -> None:
+        hessian.update(adapter.input_rows(path, x))
+
+    values.setdefault(adapter.input_value(path), []).append(watch)
+    return hessian
+
+
+def _solve(job: _Job, *, progress: bool) -> None:
+    """Solve every planned weight, and write all of its uses."""
+    adapter = job.adapter
+    rows = [row for row in job.plan.layers if row.weight is not None]
+    ranges = {name: _scale_and_zero(observer.range()) for name, observer in job.values.items()}
+    with progress_steps("quantizing", len(rows), enabled=progress) as step:
+        for row in rows:
+            consumers = [site for site in row.layer.sites if adapter.takes_activation(site)]
+            speaker = (consumers or list(row.layer.sites))[0].path
+            (activation, text), *_ = activations_of(adapter, row, speaker, job.calibration)
+            job.inputs[row.layer.name] = text
+            solved = job.solved[row.layer.name] = solve_weight(adapter, row, job.calibration, activation)
+            for site in row.layer.sites:
+                _write(job, row, site.path, solved, activation if site in consumers else Activation())
+            step(row.layer.name)
+    adapter.put_ranges(job.static_paths(), ranges)
+
+
+def _write(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight, activation: Activation) -> None:
+    adapter = job.adapter
+    if path in job.calibration.ranges:
+        scale, zero = _scale_and_zero(job.calibration.ranges[path].range())
+        activation = Activation(_STATIC, torch.tensor([scale]), torch.tensor([zero], dtype=torch.uint8))
+    bias = _corrected_bias(job, row, path, solved)
+    if bias is not None:
+        job.corrected.add(row.layer.name)
+    written = adapter.build(path, {path: solved.record}, activation)
+    adapter.install(path, Written(written.record, written.activation, bias))
+
+
+def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) -> Tensor | None:
+    """The node's bias with the mean error of the weight taken out; None where there is none or it is not known."""
+    adapter, mean = job.adapter, job.means.get(path)
+    channels = None if mean is None else mean.result()
+    had = adapter.bias(path)
+    if channels is None or had is None or not job.plan.recipe.correct_bias:
+        return None
+    site = next(site for site in row.layer.sites if site.path == path)
+    stored = solved.record.dequantize()
+    return had + analytic_correction(adapter.weight(row.layer), stored, channels, adapter.input_groups(site))
+
+
+def _scale_and_zero(bounds: tuple[float, float]) -> tuple[float, int]:
+    scale, zero = choose_scale(torch.tensor([[bounds[0]]]), torch.tensor([[bounds[1]]]), _STATIC)
+    assert zero is not None
+    return float(scale), int(zero)
+
+
+def _judge(adapter: OnnxModel, probe: Any) -> Verdict:
+    """Whole-model error and speed on the first batch; raises where ONNX Runtime cannot run what was made."""
+    if probe is None:
+        return Verdict()
+    return judge_calls(lambda: probe.run(adapter.original), lambda: probe.run(adapter.model), budget=1.0)
