@@ -22,7 +22,7 @@ $(VENV)/.tools:
 
 # The package, editable, with the extras that the tests and the demo need; builds the native library too.
 $(VENV)/.package: $(VENV)/.tools pyproject.toml
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -e '.[dev,demo,hf]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -e '.[dev,demo,hf,onnx]'
 	touch $@ $(LIBRARY_STAMP)
 
 $(VENV)/.demo: $(VENV)/.tools pyproject.toml
