@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "distance": {"W8A8": "kl", "W4A4": "kl", "W2A4": "squared"},
     # settled on 1000 of the training images, by how far answers are from the float model's; trained on the others
     "lr": {"W8A8": 1e-5, "W4A4": 1e-4, "W2A4": 1e-3},
+    "range_lr": {"W8A8": 1e-5, "W4A4": 1e-4, "W2A4": 5e-3},
     "epochs": {"W8A8": 2, "W4A4": 20, "W2A4": 8},
     # share of the steps after which BatchNorms keep their statistics
     "batchnorm_frozen_from": {"W8A8": 0.0, "W4A4": 0.0, "W2A4": 0.0},
@@ -97,8 +98,8 @@ def train_(model: nn.Module, name: str, seed: int, epochs: float) -> None:
     teacher, generator = KIT.build(), torch.Generator().manual_seed(seed)
     per_epoch = len(images) // SETTINGS["batch"]
     steps, done = max(1, round(epochs * per_epoch)), 0
-    groups = nc.qat.parameter_groups(model, weight_decay=SETTINGS["weight_decay"])
-    optimizer = torch.optim.AdamW(groups, lr=SETTINGS["lr"][name])
+    rates = {key: SETTINGS[key][name] for key in ("lr", "range_lr")}
+    optimizer = torch.optim.AdamW(nc.qat.parameter_groups(model, weight_decay=SETTINGS["weight_decay"], **rates))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"][name] * steps))
     while done < steps:

@@ -12,7 +12,7 @@ import pytest
 import narrowcast as nc
 
 NAMES = {
-    "plan", "quantize", "compare", "verify", "save", "load", "kernels", "qat",
+    "plan", "quantize", "compare", "verify", "save", "load", "export", "kernels", "qat",
     "Plan", "Quantized", "Comparison", "Parity", "Report", "Recipe", "Rule",
     "NarrowcastError", "FormatError", "RecipeError", "ModelError", "DataError", "CheckpointError", "KernelError",
     "ContractError", "__version__",

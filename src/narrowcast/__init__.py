@@ -26,7 +26,7 @@ from narrowcast.errors import (
 )
 
 if TYPE_CHECKING:
-    from narrowcast import kernels, qat
+    from narrowcast import export, kernels, qat
     from narrowcast.evaluate import Comparison, compare
     from narrowcast.export import load, save
     from narrowcast.parity import Parity, verify
@@ -71,6 +71,7 @@ __all__ = [
     "Rule",
     "__version__",
     "compare",
+    "export",
     "kernels",
     "load",
     "plan",
@@ -83,7 +84,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """A public name on its first use."""
-    if name in ("kernels", "qat"):
+    if name in ("export", "kernels", "qat"):
         return importlib.import_module(f"narrowcast.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'narrowcast' has no attribute {name!r}")

@@ -25,6 +25,12 @@ from narrowcast.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from narrowcast.report import Report
 
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="PATH", help="Where the quantized model goes: a directory, or of an ONNX model a file."
+    ),
+]
 WorkOption = Annotated[
     Path | None,
     typer.Option(
@@ -36,15 +42,7 @@ WorkOption = Annotated[
 def quantize(
     model: ModelArgument,
     recipe: RecipeOption,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="PATH",
-            help="Where the quantized model goes: a directory, or of an ONNX model a file.",
-        ),
-    ],
+    out: OutOption,
     data: Annotated[
         str | None, typer.Option("--data", "-d", metavar="DATA", help=f"Calibration data: {DATA_HELP}")
     ] = None,

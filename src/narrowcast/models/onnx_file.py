@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from narrowcast.models.onnx_source import is_onnx_module
 
 # A protobuf message cannot be larger; what is near goes into a file of weights beside it.
 _LARGEST_MESSAGE = 2**31 - 2**24
-_CUSTOM_EXTERNAL = 1024
+_SMALLEST_EXTERNAL = 1024
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def read_onnx(source: Any) -> ir.Model:
@@ -52,12 +54,58 @@ def read_onnx(source: Any) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.graph.node:
         raise ModelError(f"{name} is not an ONNX model: its graph has no node")
+    _check_graph(proto.graph, set(), name)
     try:
         model = ir.from_proto(proto)
         list(model.graph.all_nodes())
     except Exception as error:  # a damaged message can make the reader fail in any way; its words are kept
         raise ModelError(f"{name} is damaged: {type(error).__name__}: {error!s:.500}") from None
     return model
+
+
+def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
+    """Every value that a node reads is there before it: the graph has no cycle and no loose end."""
+    known = outer | {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    for tensor in graph.initializer:
+        _check_tensor(tensor, where)
+    for node in graph.node:
+        if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.output)):
+            raise ModelError(f"{where}: a node has a name that is no text; the file is damaged")
+        for name in node.input:
+            if name and name not in known:
+                raise ModelError(
+                    f"{where}: node {node.name!r} ({node.op_type}) reads {name!r}, which nothing before it gives: the "
+                    "graph has a cycle, or the file is damaged"
+                )
+        for attribute in node.attribute:
+            for inside in [attribute.g, *attribute.graphs] if attribute.type in _GRAPHS else ():
+                _check_graph(inside, known, where)
+        known |= set(node.output)
+    if loose := [value.name for value in graph.output if value.name not in known]:
+        raise ModelError(f"{where}: no node gives the output {loose[0]!r}; the file is damaged")
+
+
+def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
+    """A constant has as many bytes as its shape says, so that no declared shape makes anyone ask for more memory."""
+    known = tensor.data_type in set(ir.DataType) and tensor.data_type != ir.DataType.UNDEFINED
+    if not known or not isinstance(tensor.name, str) or any(side < 0 for side in tensor.dims):
+        raise ModelError(f"{where}: constant {tensor.name!r} has no type or shape of ONNX; the file is damaged")
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.data_type == ir.DataType.STRING:
+        return
+    elements = prod(tensor.dims)
+    expected = -(-elements * ir.DataType(tensor.data_type).bitwidth // 8)
+    fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    held = max(len(values) for values in fields)
+    if (
+        (len(tensor.raw_data) != expected)
+        if tensor.raw_data or not held
+        else held > 2 * elements or 8 * held < elements
+    ):
+        raise ModelError(
+            f"{where}: constant {tensor.name!r} of shape {list(tensor.dims)} would have {expected} bytes, and the file "
+            f"has {len(tensor.raw_data)} and {held} numbers; it is damaged"
+        )
 
 
 def tensors_of(model: ir.Model) -> Iterator[Any]:
@@ -119,7 +167,7 @@ def write_onnx(model: ir.Model, path: str | Path) -> list[Path]:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
             # the weights of a copy: saving makes the tensors of its argument external for the time
-            ir.save(model, Path(folder) / target.name, external_data=data, size_threshold_bytes=_CUSTOM_EXTERNAL)
+            ir.save(model, Path(folder) / target.name, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
             names = ([data] if data is not None else []) + [target.name]
             for name in names:
                 (Path(folder) / name).replace(target.absolute().parent / name)
