@@ -29,7 +29,7 @@ from benchmarks.machine import machine
 RULES = [{"role": role, "keep": "float32, as in the other tables", "optional": True} for role in ("embedding", "tied")]
 FORMATS = {"W2 g32": "int2/group32/asym", "W3 g32": "int3/group32/asym"}
 METHODS = ("ptq", "lsq", "ste")
-TOKENS, STORIES, SETTINGS = 256, 1024, {"epochs": 2, "batch": 16, "lr": 0.002, "temperature": 1.0}
+TOKENS, STORIES, SETTINGS = 256, 1024, {"epochs": 2, "batch": 16, "lr": 0.002, "range_lr": 0.01, "temperature": 1.0}
 SEEDS = 3
 
 
@@ -68,7 +68,7 @@ def cell(form: str, method: str, seed: int, text: Tensor, epochs: int) -> dict[s
         model = nc.qat.prepare(KIT.build(), recipe(form, method), KIT.calibration(), progress=False)
         settings = nc.qat.FitSettings(
             epochs=epochs, batch_size=SETTINGS["batch"], lr=SETTINGS["lr"], weight_decay=0.0, seed=seed,
-            distill=1.0, temperature=SETTINGS["temperature"],
+            distill=1.0, temperature=SETTINGS["temperature"], range_lr=SETTINGS["range_lr"],
         )  # fmt: skip
         nc.qat.fit(model, list(text.split(SETTINGS["batch"])), settings, teacher=KIT.build())
         result = nc.qat.convert(model, strict=True)

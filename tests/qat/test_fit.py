@@ -214,3 +214,14 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_state(tmp_pat
         assert all(torch.isfinite(value).all() for value in state.part("model").values() if value.is_floating_point())
     else:
         assert "no state was written before" in message
+
+
+def test_ranges_have_a_learning_rate_of_their_own():
+    def factors(**more: Any) -> list[Tensor]:
+        return [p for name, p in run(**more)[0].named_parameters() if name.endswith("factor")]
+
+    still, moved = factors(range_lr=1e-12), factors(range_lr=0.02)
+    assert all(bool(((p - 1).abs() < 1e-6).all()) for p in still)
+    assert any(bool(((p - 1).abs() > 1e-3).any()) for p in moved)
+    with pytest.raises(nc.RecipeError, match="range_lr is a number above 0, got 0"):
+        nc.qat.FitSettings(range_lr=0.0)

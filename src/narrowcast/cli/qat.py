@@ -29,9 +29,9 @@ def qat(
     model: ModelArgument, recipe: RecipeOption, data: o.TrainOption, out: o.OutOption,
     calibration: o.CalibrationOption = None, eval_data: o.EvalOption = None, metric: o.MetricOption = None,
     goal: o.GoalOption = None, loss: o.LossOption = None, epochs: o.EpochsOption = None, steps: o.StepsOption = None,
-    batch_size: BatchOption = 32, lr: o.RateOption = 1e-4, optimizer: o.OptimizerOption = "adamw",
-    weight_decay: o.DecayOption = 1e-4, seed: o.SeedOption = 0, distill: o.DistillOption = 0.5,
-    temperature: o.TemperatureOption = 2.0, freeze_after: o.FreezeOption = 0.0,
+    batch_size: BatchOption = 32, lr: o.RateOption = 1e-4, range_lr: o.RangeRateOption = None,
+    optimizer: o.OptimizerOption = "adamw", weight_decay: o.DecayOption = 1e-4, seed: o.SeedOption = 0,
+    distill: o.DistillOption = 0.5, temperature: o.TemperatureOption = 2.0, freeze_after: o.FreezeOption = 0.0,
     freeze_ranges_after: o.FreezeRangesOption = 1.0, patience: o.PatienceOption = None,
     eval_every: o.EvalEveryOption = None, checkpoint_every: o.CheckpointOption = None, state: o.StateOption = None,
     resume: o.ResumeOption = False, limit: LimitOption = None, eval_limit: o.EvalLimitOption = None,
@@ -58,7 +58,7 @@ def qat(
         _check_options(eval_data, metric, goal, patience, eval_every, out)
         settings = FitSettings(
             epochs, steps, batch_size, lr, optimizer, weight_decay, seed, distill, temperature, freeze_after,
-            freeze_ranges_after, patience, eval_every, checkpoint_every,
+            freeze_ranges_after, patience, eval_every, checkpoint_every, range_lr,
         )  # fmt: skip
         asked = Asked(
             model, recipe, data, calibration, eval_data, metric, goal, loss, settings, given, eval_limit,

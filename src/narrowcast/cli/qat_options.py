@@ -40,6 +40,9 @@ LossOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training data; default: 1.", min=1)]
 StepsOption = Annotated[int | None, typer.Option(help="Optimizer steps; with --epochs, what ends first.", min=1)]
+RangeRateOption = Annotated[
+    float | None, typer.Option("--range-lr", help="Learning rate of ranges at the start; default: that of weights.")
+]
 RateOption = Annotated[float, typer.Option("--lr", help="Learning rate at the start; it falls to 0 along a cosine.")]
 OptimizerOption = Annotated[str, typer.Option(metavar="adamw|sgd", help="sgd has momentum 0.9 (Nesterov).")]
 DecayOption = Annotated[float, typer.Option(help="Weight decay of matrices and kernels; ranges never decay.")]

@@ -219,7 +219,7 @@ class _Run:
     def _train_on(self, batch: Batch) -> None:
         rate = self.settings.rate(self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.settings.rate(self.step, self.total, ranges=group["name"] == "ranges")
         if self.step in (self.freeze.batchnorm, self.freeze.ranges):
             self.freeze.apply(self.model, self.step)
         where = f"step {self.step + 1} (epoch {self.epoch + 1}, batch {self.taken + 1})"

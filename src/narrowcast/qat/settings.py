@@ -42,6 +42,7 @@ class FitSettings:
         patience: evaluations in a row without a better score after which training ends; None trains to the end.
         evaluate_every: steps between evaluations; None evaluates once an epoch.
         checkpoint_every: steps between files; None writes one an epoch, and at least twenty in all.
+        range_lr: learning rate of ranges at the start; None takes that of weights.
 
     Raises:
         RecipeError: a value that cannot be.
@@ -61,6 +62,7 @@ class FitSettings:
     patience: int | None = None
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
+    range_lr: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "batch_size", "patience", "evaluate_every", "checkpoint_every"):
@@ -70,9 +72,10 @@ class FitSettings:
         for name in ("distill", "freeze_after", "freeze_ranges_after"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is a share from 0 to 1, got {getattr(self, name)!r}")
-        for name in ("lr", "temperature"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise RecipeError(f"{name} is a number above 0, got {getattr(self, name)!r}")
+        for name in ("lr", "temperature", "range_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise RecipeError(f"{name} is a number above 0, got {value!r}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise RecipeError(f"weight_decay is a number from 0 on, got {self.weight_decay!r}")
         if self.optimizer not in OPTIMIZERS:
@@ -96,9 +99,10 @@ class FitSettings:
         by_epochs = (self.epochs or 1) * per_epoch
         return by_epochs if self.steps is None else min(by_epochs, self.steps)
 
-    def rate(self, step: int, total: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        return self.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+    def rate(self, step: int, total: int, *, ranges: bool = False) -> float:
+        """The learning rate of a step, counted from 0: of weights and vectors, or of ranges."""
+        start = self.range_lr if ranges and self.range_lr is not None else self.lr
+        return start * 0.5 * (1 + math.cos(math.pi * step / total))
 
     def freeze(self, total: int) -> FreezeSchedule:
         """What is frozen from which step on."""
@@ -108,7 +112,9 @@ class FitSettings:
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a prepared model's parameters."""
-        groups: list[dict[str, Any]] = parameter_groups(model, lr=self.lr, weight_decay=self.weight_decay)
+        groups: list[dict[str, Any]] = parameter_groups(
+            model, lr=self.lr, weight_decay=self.weight_decay, range_lr=self.range_lr
+        )
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=MOMENTUM, nesterov=True)
         return torch.optim.AdamW(groups, lr=self.lr)
