@@ -50,3 +50,14 @@ def test_the_output_of_an_onnx_model_must_be_an_onnx_file(folder: Path) -> None:
     done = run("quantize", folder / "model.onnx", "-r", "weight-int8", "-o", folder / "small")
     assert done.exit_code == 2 or done.exception is not None
     assert not (folder / "small").exists()
+
+
+def test_inspect_tells_the_kernel_of_every_product_and_why_it_is_float(folder: Path) -> None:
+    out = folder / "small.onnx"
+    assert run("quantize", folder / "model.onnx", "-r", "weight-int8", "-o", out, "--quiet").exit_code == 0
+    nodes = json.loads(run("inspect", out, "--kernels", "--json").stdout)["nodes"]
+    assert [node["kernel"] for node in nodes] == ["FusedConv", "FusedConv", "MatMulNBits"]
+    assert not any(node["integer"] for node in nodes) and {node["bits"] for node in nodes} == {8}
+    assert "its input is float" in nodes[0]["reason"] and "dequantized" in nodes[0]["reason"]
+    floats = json.loads(run("inspect", folder / "model.onnx", "--kernels", "--json").stdout)["nodes"]
+    assert {node["reason"] for node in floats} == {"its weight is a float: no rule quantized it"}

@@ -16,7 +16,7 @@ from tests.onnx_files import graphs
 from narrowcast.core import QuantSpec, choose_scale
 from narrowcast.methods import Rtn
 from narrowcast.models.onnx_model import OnnxModel, Written
-from narrowcast.models.onnx_verdict import kernels_of
+from narrowcast.models.onnx_verdict import kernels_of, optimized_graph
 from narrowcast.nn import Activation
 
 STATIC = QuantSpec.parse("uint8/tensor")
@@ -42,7 +42,7 @@ def written(
     if given == "uint8/tensor":
         adapter.put_ranges([path], ranges)
     adapter.finish()
-    return adapter, record, kernels_of(adapter.graph, adapter.codes)[path]
+    return adapter, record, kernels_of(optimized_graph(adapter.graph), adapter.codes)[path]
 
 
 def float_twin(model: Any, record: Any) -> Any:

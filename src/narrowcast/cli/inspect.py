@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -19,6 +20,9 @@ READABLE = ".safetensors, .npz, .npy, .onnx, a narrowcast checkpoint or a Huggin
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help=f"One of {READABLE}.")],
     top: Annotated[int | None, typer.Option(help="Show only so many tensors, the largest first.", min=1)] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Of an .onnx file: what ONNX Runtime runs for every product.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -30,13 +34,16 @@ def inspect(
         narrowcast inspect model.safetensors
         narrowcast inspect ./my-quantized-model
         narrowcast inspect model.onnx --top 10 --json
+        narrowcast inspect model-int8.onnx --kernels
     """
     output = Output(as_json=as_json, quiet=quiet)
-    found = read_contents(file)
+    found = read_contents(file) | ({"nodes": _kernels(file)} if kernels else {})
     output.json(found)
     output.heading(f"{file}: {found['kind']}")
     for name, value in found["facts"].items():
         output.show(f"{name}: {value}")
+    if kernels:
+        output.show(_render_nodes(found["nodes"]))
     if found["layers"]:
         output.show(_render_layers(found["layers"], top))
     if found["tensors"]:
@@ -77,6 +84,30 @@ def read_contents(path: Path) -> dict[str, Any]:
     if suffix == ".pt2":
         raise ModelError(f"{path} is a torch.export program; narrowcast plan {path} lists its layers")
     raise CheckpointError(f"{path}: files ending in {suffix or 'nothing'!r} are not known; pass {READABLE}")
+
+
+def _kernels(path: Path) -> list[dict[str, Any]]:
+    """What ONNX Runtime runs for every product of an .onnx file: node, kernel, integer, bits, reason.
+
+    Raises:
+        ModelError: it is no ONNX file, or the packages for it are missing.
+    """
+    if path.suffix.lower() != ".onnx":
+        raise ModelError(f"{path}: --kernels is for .onnx files, which ONNX Runtime runs")
+    require_onnx = importlib.import_module("narrowcast.models").require_onnx
+    require_onnx()
+    verdict = importlib.import_module("narrowcast.models.onnx_verdict")
+    model = importlib.import_module("narrowcast.models.onnx_file").read_onnx(path)
+    return [asdict(row) for row in verdict.node_verdicts(verdict.optimized_graph(model))]
+
+
+def _render_nodes(nodes: list[dict[str, Any]]) -> Any:
+    made = table("node", "kernel in ONNX Runtime", "product in", "bits", "why", right=("bits",))
+    for node in nodes:
+        made.add_row(
+            node["node"], node["kernel"], "integers" if node["integer"] else "float", str(node["bits"]), node["reason"]
+        )
+    return made
 
 
 def _found(kind: str, facts: dict[str, Any], entries: Iterable[Any]) -> dict[str, Any]:

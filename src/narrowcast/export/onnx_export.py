@@ -91,7 +91,8 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     work = _Work(adapter, sources, {})
     notes = work.write(example)
     adapter.finish()
-    kernels = importlib.import_module("narrowcast.models.onnx_verdict").kernels_of(adapter.graph, adapter.codes)
+    verdict = importlib.import_module("narrowcast.models.onnx_verdict")
+    kernels = verdict.kernels_of(verdict.optimized_graph(adapter.graph), adapter.codes)
     importlib.import_module("narrowcast.models.onnx_file").write_onnx(adapter.graph, path)
     rows = [work.row(name, kernels) for name in sources]
     return Exported(Path(path), rows, [*adapter.notes, *notes])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,18 @@ from narrowcast.models.onnx_session import open_session
 INTEGER_KERNELS = (
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger",
     "ConvInteger", "DynamicQuantizeLSTM",
+)  # fmt: skip
+# Operators that multiply floats; the later ones have no other form.
+_NEVER = ("ConvTranspose", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention")
+FLOAT_PRODUCTS = (
+    "Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "TransposeMatMul",
+    "MatMulNBits", "Einsum", *_NEVER,
+)  # fmt: skip
+# These compute nothing, or turn codes into values and back.
+_MOVES = (
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "Reshape", "Transpose", "Identity", "Shape",
+    "Gather", "Unsqueeze", "Squeeze", "Concat", "Slice", "Constant", "ConstantOfShape", "Expand", "Flatten", "If",
+    "Loop", "Range", "Size", "Split", "Pad",
 )  # fmt: skip
 _PASSED = ("DequantizeLinear", "Cast", "Reshape", "Transpose", "Identity")
 
@@ -40,12 +53,27 @@ class Kernel:
         return f"{self.op} in float, behind {' and '.join(self.through)}" if self.through else self.op
 
 
-def kernels_of(model: ir.Model, constants: Mapping[str, str]) -> dict[str, Kernel]:
-    """What ONNX Runtime runs for each of these constants.
+@dataclass(frozen=True)
+class NodeVerdict:
+    """What ONNX Runtime does with one product.
 
     Args:
-        model: as it will be written.
-        constants: names of initializers, by path.
+        node: its name in the optimized graph.
+        kernel: the operator that runs.
+        integer: whether it multiplies integers.
+        bits: of the stored weight; 32 for float32, 0 for a product of two activations.
+        reason: why it is float, and what would change that; "" for integers.
+    """
+
+    node: str
+    kernel: str
+    integer: bool
+    bits: int
+    reason: str = ""
+
+
+def optimized_graph(model: ir.Model) -> onnx.GraphProto:
+    """The graph that ONNX Runtime makes of a model and runs.
 
     Raises:
         ModelError: ONNX Runtime refuses the model.
@@ -53,13 +81,74 @@ def kernels_of(model: ir.Model, constants: Mapping[str, str]) -> dict[str, Kerne
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         open_session(model, optimized=path)
-        graph = onnx.load_model(path, load_external_data=False).graph
+        return onnx.load_model(path, load_external_data=False).graph
+
+
+def kernels_of(graph: onnx.GraphProto, constants: Mapping[str, str]) -> dict[str, Kernel]:
+    """What ONNX Runtime runs for each of these constants.
+
+    Args:
+        graph: from `optimized_graph`.
+        constants: names of initializers, by path.
+    """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for owner in _graphs(graph):
         for node in owner.node:
             for name in node.input:
                 readers.setdefault(name, []).append(node)
     return {path: _kernel(name, readers) for path, name in constants.items()}
+
+
+def node_verdicts(graph: onnx.GraphProto) -> list[NodeVerdict]:
+    """Every product of the optimized graph, in its order: the kernel, the bits, and why it is float where it is."""
+    weights: dict[str, int] = {}
+    makers: dict[str, onnx.NodeProto] = {}
+    for owner in _graphs(graph):
+        weights |= {t.name: ir.DataType(t.data_type).bitwidth for t in owner.initializer if len(t.dims) > 1}
+        makers |= {name: node for node in owner.node for name in node.output}
+    products = (*INTEGER_KERNELS, *FLOAT_PRODUCTS)
+    nodes = (node for owner in _graphs(graph) for node in owner.node if node.op_type in products)
+    return [_verdict(node, weights, makers) for node in nodes]
+
+
+def other_operators(graph: onnx.GraphProto) -> dict[str, int]:
+    """How often each operator that is no product, and works on float values, runs."""
+    counted = Counter(node.op_type for owner in _graphs(graph) for node in owner.node)
+    known = (*INTEGER_KERNELS, *FLOAT_PRODUCTS, *_MOVES)
+    return {op: count for op, count in counted.most_common() if op not in known and not op.startswith("QLinear")}
+
+
+def _verdict(node: onnx.NodeProto, weights: Mapping[str, int], makers: Mapping[str, onnx.NodeProto]) -> NodeVerdict:
+    through: list[str] = []
+    bits = 0
+    for name in node.input[1:]:
+        while name in makers and makers[name].op_type in _PASSED and name not in weights:
+            through.append(makers[name].op_type)
+            name = makers[name].input[0]
+        if bits := weights.get(name, 0):
+            break
+    attributes = {a.name: a.i for a in node.attribute}
+    bits = attributes.get("bits", bits) if node.op_type == "MatMulNBits" else bits
+    if node.op_type in INTEGER_KERNELS or (node.op_type == "MatMulNBits" and attributes.get("accuracy_level") == 4):
+        return NodeVerdict(node.name, node.op_type, True, bits)
+    coded = node.input[0] in makers and makers[node.input[0]].op_type == "DequantizeLinear"
+    return NodeVerdict(node.name, node.op_type, False, bits, _why_float(node.op_type, bits, through, coded=coded))
+
+
+def _why_float(op: str, bits: int, through: list[str], *, coded: bool) -> str:
+    if op == "MatMulNBits":
+        return "its input is float, as weight-only formats have it; give the rule an input, as dynamic-int8 does"
+    if op in _NEVER:
+        return f"ONNX Runtime has no integer kernel for {op}"
+    if not bits:
+        return "a product of two activations, of which recipes do not speak"
+    if bits >= 16:
+        return "its weight is a float: no rule quantized it"
+    if not coded and "DequantizeLinear" in through:
+        return "its weight is dequantized at every run, since its input is float; give it a static or dynamic input"
+    if "Conv" in op:
+        return "no QuantizeLinear follows it, or one whose zero point is not the code of its Relu's or Clip's lower end"
+    return "its bias is float, or its weight has no zero point; write the bias as int32, and zero points of 0"
 
 
 def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:

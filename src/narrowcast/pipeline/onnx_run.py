@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
-from narrowcast.models.onnx_verdict import Kernel, kernels_of
+from narrowcast.models.onnx_verdict import Kernel, kernels_of, node_verdicts, optimized_graph, other_operators
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, Observer, make_observer
 from narrowcast.observers.grouped_hessian import GroupedHessian
@@ -136,14 +137,15 @@ def quantize_onnx(
     _observe(job, batches, progress=progress)
     _solve(job, progress=progress)
     adapter.finish()
-    kernels = kernels_of(adapter.graph, adapter.codes)
+    runs = optimized_graph(adapter.graph)
+    kernels = kernels_of(runs, adapter.codes)
     rows = outcomes(job, kernels)
     verdict = _judge(adapter, probe)
     totals = replace(
         totals_of(job.plan, rows, verdict, probe), parameters=sum(row.parameters for row in rows), bytes_before=before,
         bytes_after=stored_size(adapter.graph), seconds=time.perf_counter() - started,
     )  # fmt: skip
-    notes = [*adapter.notes, *job.calibration.observation.notes, *_notes(kernels)]
+    notes = [*adapter.notes, *job.calibration.observation.notes, *_notes(kernels), *_left_in_float(runs)]
     report = Report(loaded.name, adapter.name, rows, totals, notes)
     if strict:
         refuse([f"{row.layer}: fell back: {row.reason}" for row in rows if row.outcome == "fell back"])
@@ -158,6 +160,17 @@ def _notes(kernels: Mapping[str, Kernel]) -> list[str]:
         f"{len(stored)} weights ({stored[0]}, ...) are dequantized at every run: the file is smaller, and slower than "
         "float32"
     ]
+
+
+def _left_in_float(graph: Any) -> list[str]:
+    """What computes in float in the graph that ONNX Runtime runs, besides the weights that have rows of their own."""
+    counted = Counter((row.kernel, row.reason) for row in node_verdicts(graph) if not row.integer and not row.bits)
+    notes = [f"{count} {kernel} stay float: {reason}" for (kernel, reason), count in counted.items()]
+    others = other_operators(graph)
+    if others:
+        listed = ", ".join(f"{count} {op}" for op, count in others.items())
+        notes.append(f"operators without weights that compute in float in ONNX Runtime: {listed}")
+    return notes
 
 
 def _observe(job: _Job, batches: Any, *, progress: bool) -> None:
