@@ -35,8 +35,7 @@ from narrowcast.export.checkpoint_schema import (
     validate,
 )
 from narrowcast.export.checkpoint_tensors import check_storable, separate_aliases, slots, source_hash, visits
-from narrowcast.export.onnx_save import save_onnx
-from narrowcast.models import is_onnx_module
+from narrowcast.export.onnx_save import is_onnx_module, save_onnx
 from narrowcast.nn import MODULES, InstalledModule, QuantizedModule
 
 __all__ = ["load", "read_description", "save", "source_hash"]

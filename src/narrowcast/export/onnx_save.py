@@ -10,6 +10,13 @@ from typing import Any
 from narrowcast.errors import CheckpointError
 
 
+def is_onnx_module(model: Any) -> bool:
+    """Whether `model` is an ONNX graph called like a torch module; loading a checkpoint imports no adapter."""
+    adapters = importlib.import_module("narrowcast.models")
+    found: bool = adapters.is_onnx_module(model)
+    return found
+
+
 def save_onnx(model: Any, recipe: Any, path: Path) -> None:
     """Write an ONNX model to a file; the recipe goes into its metadata.
 
