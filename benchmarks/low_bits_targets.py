@@ -170,11 +170,11 @@ def beside_best(default: Row, every: list[Row]) -> dict[str, Any]:
     best = min(every, key=drop)
     loss, least = max(0.0, drop(default)), max(0.0, drop(best))
     low, high = best["interval"]
-    noise = low <= 0.0 <= high
-    if noise:
+    gains = least == 0.0 and not low <= 0.0 <= high
+    if gains or low <= 0.0 <= high:
         mine = default["interval"]
         met = mine[0] <= 0.0 <= mine[1] or (mine[0] <= high and low <= mine[1])
-        words = "the best loss is within noise; the default's interval " + (
+        words = f"{'the best gains' if gains else 'the best loss is within noise'}; the default's interval " + (
             f"{mine[0]:.3f} .. {mine[1]:.3f} {'overlaps it' if met else 'does not overlap it'}"
         )
     else:

@@ -93,6 +93,13 @@ def test_a_default_outside_of_the_best_recipes_noise_misses() -> None:
     assert judged[0]["verdict"].startswith("**missed**: the best loss is within noise")
 
 
+def test_beside_a_best_recipe_that_gains_beyond_its_noise_the_default_is_judged_by_intervals() -> None:
+    gains = row("gptq", 0.5) | {"interval": [0.1, 0.9]}
+    for mine, words in (([-0.5, 0.2], "met: the best gains"), ([-0.9, -0.4], "**missed**: the best gains")):
+        judged = low_bits_targets.defaults([row("default", -0.2) | {"interval": mine}, gains])
+        assert judged[0]["verdict"].startswith(words)
+
+
 def test_failed_and_stopped_rows_are_no_candidates_and_fill_the_table() -> None:
     failed = {key: row("gptq", 0.0)[key] for key in ("model", "format", "tool", "method", "samples")}
     rows = [row("rtn", -0.4), failed | {"failed": "ValueError: no"}, failed | {"stopped": 300.0}]
