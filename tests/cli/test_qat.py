@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import narrowcast as nc
 
@@ -122,7 +123,7 @@ def test_a_killed_command_is_resumed_with_the_same_weights(train, project, recip
     more = ["--epochs", "8", "--lr", "0.01", "--checkpoint-every", "1", "--eval-data", str(images)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the same bits need as many threads
     }
     command = [sys.executable, "-m", "narrowcast.cli", *arguments, *more]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=here) as process:
