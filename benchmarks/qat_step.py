@@ -110,8 +110,9 @@ def _held_mib() -> float:
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            with contextlib.suppress(RuntimeError):  # what a tracer left behind has no memory
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values()) / 2**20
 
 
