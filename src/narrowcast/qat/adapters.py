@@ -26,6 +26,7 @@ from narrowcast.nn.adapters import ADAPTERS
 from narrowcast.nn.frozen import FrozenLinear
 from narrowcast.nn.trained import TrainedModule
 from narrowcast.pipeline.run import Quantized
+from narrowcast.qat.state import marked
 from narrowcast.recipe import Recipe
 from narrowcast.report import Report
 
@@ -115,10 +116,8 @@ def adapted_of(model: Any) -> tuple[nn.Module, Attached]:
     Raises:
         ModelError: it has no adapters.
     """
-    inner = model
-    while isinstance(inner, nn.Module) and _NAME not in inner.__dict__:
-        inner = next((m for name in ("_orig_mod", "module") if (m := inner._modules.get(name)) is not None), None)
-    if inner is None or not isinstance(inner, nn.Module):
+    inner = marked(model, _NAME)
+    if inner is None:
         raise ModelError(
             f"{type(model).__name__} has no adapters; call nc.qat.attach_adapters first, and mind that a merged model "
             "has none left: merging once is all there is to do"

@@ -60,16 +60,22 @@ def attach_(model: nn.Module, prepared: Prepared) -> None:
     model.__dict__[_NAME] = prepared
 
 
+def marked(model: Any, name: str) -> nn.Module | None:
+    """The module that has an attribute, inside of what torch.compile and data-parallel wrappers make of it."""
+    inner = model
+    while isinstance(inner, nn.Module) and name not in inner.__dict__:
+        inner = next((m for key in ("_orig_mod", "module") if (m := inner._modules.get(key)) is not None), None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
 def unwrapped(model: Any) -> nn.Module:
     """The prepared model inside of what torch.compile and data-parallel wrappers make of it.
 
     Raises:
         ModelError: it was not prepared.
     """
-    inner = model
-    while isinstance(inner, nn.Module) and _NAME not in inner.__dict__:
-        inner = next((m for name in ("_orig_mod", "module") if (m := inner._modules.get(name)) is not None), None)
-    if inner is None or not isinstance(inner, nn.Module):
+    inner = marked(model, _NAME)
+    if inner is None:
         raise ModelError(
             f"{type(model).__name__} was not prepared for quantization-aware training; call nc.qat.prepare(model, "
             "recipe, data) first, train what it returns, and pass that"
