@@ -2,6 +2,8 @@
 # A plain `pip install torch` may bring a CUDA build of several GB: the CPU build is taken where the index offers one.
 
 PYTHON ?= python3
+# Processes that run tests at a time, with one thread each (a test that is about threads asks for more); about 1.5 GB each.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
@@ -46,7 +48,7 @@ check: setup
 	$(BIN)/mypy
 
 test: setup native
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 # The Arm kernels, cross-compiled and under user-mode emulation; says which Debian packages are missing.
 test-arm: $(VENV)/.tools

@@ -11,6 +11,7 @@ Scores are those of samples that calibration did not see; the interval of the di
 bootstrap over images, sentence pairs or whole stories.
 
 Finished cells are kept in build/benchmarks/low_bits, so an interrupted run goes on where it was; --fresh starts over.
+With --keep, cells that no run of the present code has measured keep the rows of the result file; each names its commit.
 """
 
 from __future__ import annotations
@@ -204,6 +205,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-python", default=python, help="the other tools' (default: $NARROWCAST_PEERS_PYTHON)")
     parser.add_argument("--fresh", action="store_true", help="measure again what build/benchmarks/low_bits has")
     parser.add_argument("--known", action="store_true", help="measure nothing: the page of what is known so far")
+    parser.add_argument("--keep", action="store_true", help="rows of the committed file where the run has none")
     parser.add_argument("--limit-seconds", type=float, help="stop a cell after so long")
     parser.add_argument("--cell", nargs=4, metavar=("MODEL", "FORMAT", "METHOD", "SAMPLES"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -223,9 +225,12 @@ def main(argv: list[str] | None = None) -> int:
     rows = low_bits_cells.run_all(
         cells, fresh=chosen.fresh, known_only=chosen.known, limit=chosen.limit_seconds, show=partial(print, flush=True)
     )
+    ours = OURS in chosen.tools
+    name = "low_bits" if ours else "low_bits_peers"
+    if chosen.keep:
+        rows = low_bits_cells.with_earlier(cells, rows, results_io.rows_of(results_io.folder_of(True), name))
     if len(rows) < len(cells):
         skipped.append(f"{len(cells) - len(rows)} of {len(cells)} cells are not measured yet and left out.")
-    ours = OURS in chosen.tools
     complete = len(rows) == len(cells) and not chosen.quick
     complete &= set(chosen.models) == set(KIT_NAMES) and set(chosen.formats) == set(FORMATS)
     complete &= set(PEERS) <= set(chosen.tools) and (not ours or set(chosen.methods) == set(METHODS))
@@ -233,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     document = {"machine": facts, "versions": versions, "skipped": skipped, "rows": rows}
     description = " ".join((__doc__ or "").split("\n\n")[2].split())
     page = low_bits_page.markdown(facts, document, description, models=chosen.models, formats=chosen.formats)
-    results_io.write_results(folder, "low_bits" if ours else "low_bits_peers", document, page)
+    results_io.write_results(folder, name, document, page)
     return int(not rows or any("failed" in row for row in rows if row["tool"] == OURS))
 
 

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import REPOSITORY
+from benchmarks.machine import REPOSITORY, commit
 from benchmarks.results_io import load_average
 
 Row = dict[str, Any]
@@ -67,7 +67,8 @@ def digest(patterns: Iterable[str], *more: object) -> str:
 def measure(cell: Cell, limit: float | None) -> Row:
     """The row of one cell, from a process of its own; one that fails or is stopped says so."""
     started = time.perf_counter()
-    known = cell.row | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": load_average()}
+    moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    known = cell.row | {"date": moment, "load": load_average(), "commit": commit()}
     try:
         done = subprocess.run(
             cell.command, capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=limit, errors="replace"
@@ -146,6 +147,16 @@ def run_all(
         done.append(row)
         show(f"{line(row)}  [{number}/{len(left)}, about {remaining(left[number:], done) / 60:.0f} min left]")
     return [known[cell] for cell in cells]
+
+
+def with_earlier(cells: list[Cell], rows: list[Row], earlier: list[Row]) -> list[Row]:
+    """The rows in the order of the cells; cells without one get that of an earlier document, where it has one."""
+    found = {_place(row): row for row in [*earlier, *rows]}
+    return [found[_place(cell.row)] for cell in cells if _place(cell.row) in found]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "format", "tool", "method", "samples"))
 
 
 def line(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -95,9 +96,11 @@ def when(rows: list[Row]) -> str:
     if not dated:
         return ""
     dates, loads = sorted(row["date"] for row in dated), sorted(row["load"] for row in dated)
+    ours = Counter(row.get("commit", "not noted") for row in dated if row["tool"] == low_bits_targets.OURS)
+    said = ", ".join(f"{count} of {name}" for name, count in ours.most_common())
     return (
         f"Cells measured {dates[0]} to {dates[-1]} at load averages {loads[0]} to {loads[-1]}: "
-        "above 1, seconds are those of a shared machine."
+        f"above 1, seconds are those of a shared machine. narrowcast's cells by commit: {said}."
     )
 
 

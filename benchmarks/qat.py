@@ -1,12 +1,12 @@
-"""Quantization-aware training of ResNet-20 on CIFAR-10: what it recovers.
+"""Quantization-aware training of ResNet-20 and MobileNetV2 on CIFAR-10: what it recovers.
 
-    python -m benchmarks.qat                             every cell, three seeds, into benchmarks/results
-    python -m benchmarks.qat --cells W4A4:lsq:0          some of them; results of others are kept
-    python -m benchmarks.qat speed                       what a step costs, see benchmarks/qat_speed.py
-    python -m benchmarks.qat --quick                     a few steps of each, into build/benchmarks
+    python -m benchmarks.qat                                      every cell, three seeds, into benchmarks/results
+    python -m benchmarks.qat --cells "resnet20 W4A4:lsq:0"        some of them; results of others are kept
+    python -m benchmarks.qat speed                                what a step costs, see benchmarks/qat_speed.py
+    python -m benchmarks.qat --quick                              a few steps of each, into build/benchmarks
 
-A cell is FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the score
-is that of the converted integer model on the 5000 test images. Learning rates and freezing were settled on training
+A cell is NETWORK FORMAT:METHOD:SEED. The 5000 training images of the kit are all that training and calibration see; the
+score is that of the converted integer model on the test images. Learning rates and freezing were settled on training
 images held out. `ptq` is `nc.quantize` with the same recipe, which is also what training starts from.
 """
 
@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,50 +31,93 @@ from torch import Tensor, nn
 
 import narrowcast as nc
 from benchmarks import qat_speed, results_io
+from benchmarks.kit import KitModel, mobilenetv2, resnet20
 from benchmarks.kit.images import normalize, read_images
-from benchmarks.kit.resnet20 import KIT, data_folder
+from benchmarks.kit.resnet20 import data_folder
 from benchmarks.machine import machine
 
-_EDGES = [
-    {"layers": ["conv1", "linear"], "weight": "int8/channel", "input": "uint8/tensor static:minmax"},
-]
-# format -> rules; first and last layer in 8 bits below 8, as is usual
-FORMATS: dict[str, list[dict[str, Any]]] = {
-    "W8A8": [{"weight": "int8/channel", "input": "uint8/channel static:minmax"}],
-    "W4A4": [*_EDGES, {"weight": "int4/channel", "input": "uint4/tensor static:mse"}],
-    "W2A4": [*_EDGES, {"weight": "int2/channel", "input": "uint4/tensor static:mse"}],
+# format -> rule of all layers but the first and the last, which have 8 bits below 8, as is usual
+FORMATS: dict[str, dict[str, Any]] = {
+    "W8A8": {"weight": "int8/channel", "input": "uint8/channel static:minmax"},
+    "W4A4": {"weight": "int4/channel", "input": "uint4/tensor static:mse"},
+    "W2A4": {"weight": "int2/channel", "input": "uint4/tensor static:mse"},
 }
+EDGE = {"weight": "int8/channel", "input": "uint8/tensor static:minmax"}
 METHODS = ("ptq", "lsq", "ste")
-SETTINGS: dict[str, Any] = {
-    "batch": 128, "optimizer": "AdamW", "weight_decay": 0.0, "schedule": "cosine",
-    "augmentation": "shift by up to 4 pixels, mirror",
-    # of the answers to the float model's: KL divergence at temperature 2, or squared error of the logits
-    "distance": {"W8A8": "kl", "W4A4": "kl", "W2A4": "squared"},
-    # settled on 1000 of the training images, by how far answers are from the float model's; trained on the others
-    "lr": {"W8A8": 1e-5, "W4A4": 1e-4, "W2A4": 1e-3},
-    "range_lr": {"W8A8": 1e-5, "W4A4": 1e-4, "W2A4": 5e-3},
-    "epochs": {"W8A8": 2, "W4A4": 20, "W2A4": 8},
-    # share of the steps after which BatchNorms keep their statistics
-    "batchnorm_frozen_from": {"W8A8": 0.0, "W4A4": 0.0, "W2A4": 0.0},
-}  # fmt: skip
 DISTANCES = {"kl": partial(nc.qat.distill_loss, temperature=2.0), "squared": F.mse_loss}
 SEEDS = 3
 
 
-def recipe(name: str, train: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    """How one format of one network is trained.
+
+    Attributes:
+        epochs: how long.
+        distance: of the answers to the float model's: KL divergence at temperature 2, or squared error of the logits.
+        lr, range_lr: of weights and of ranges; settled on 1000 of the training images, by how far answers are from the
+            float model's, while training on the others.
+        batch: images per step.
+    """
+
+    epochs: float
+    distance: str
+    lr: float
+    range_lr: float
+    batch: int = 128
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that is trained.
+
+    Attributes:
+        kit: the model and its scores.
+        enlarged: CIFAR images [N, 3, 32, 32], shifted and mirrored, to the network's input.
+        edges: names of the first and the last layer.
+        settings: format -> how it is trained.
+    """
+
+    kit: KitModel
+    enlarged: Callable[[Tensor], Tensor]
+    edges: tuple[str, str]
+    settings: dict[str, Settings]
+
+
+NETWORKS = {
+    "resnet20": Network(
+        resnet20.KIT,
+        lambda images: images,
+        ("conv1", "linear"),
+        {
+            "W8A8": Settings(2, "kl", 1e-5, 1e-5),
+            "W4A4": Settings(20, "kl", 1e-4, 1e-4),
+            "W2A4": Settings(8, "squared", 1e-3, 5e-3),
+        },
+    ),
+    "mobilenetv2": Network(
+        mobilenetv2.KIT,
+        partial(F.interpolate, size=112, mode="bilinear", align_corners=False),
+        ("stem", "classifier"),
+        {"W4A4": Settings(8, "squared", 5e-4, 5e-4, batch=64)},
+    ),
+}
+
+
+def recipe(network: str, form: str, train: str) -> dict[str, Any]:
     """The recipe of a format, trained in one way."""
-    rules = [rule if train == "ptq" else {**rule, "train": train} for rule in FORMATS[name]]
-    return {"name": f"{name} {train}", "rule": rules}
+    edges = [] if form == "W8A8" else [{"layers": list(NETWORKS[network].edges), **EDGE}]
+    rules = [rule if train == "ptq" else {**rule, "train": train} for rule in [*edges, FORMATS[form]]]
+    return {"name": f"{form} {train}", "rule": rules}
 
 
-def training_images() -> tuple[Tensor, Tensor]:
-    """All training images of the kit as network input [N, 3, 32, 32], and their labels."""
-    images, labels = read_images(data_folder("resnet20_cifar10") / "cifar10_train_5000.npz")
-    return normalize(images), labels
+def training_images() -> Tensor:
+    """All training images of the kit, normalized, [N, 3, 32, 32]."""
+    return normalize(read_images(data_folder("resnet20_cifar10") / "cifar10_train_5000.npz")[0])
 
 
-def batches(images: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(augmented images, their indices) of one epoch; a last batch that is not full is left out.
+def batches(images: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Augmented images of one epoch: shifted by up to 4 pixels and mirrored; a last batch that is not full is left out.
 
     Eight images are too few for the statistics of a BatchNorm.
     """
@@ -82,32 +127,32 @@ def batches(images: Tensor, size: int, generator: torch.Generator) -> Iterator[t
         shifts = torch.randint(0, 9, (len(index), 2), generator=generator).tolist()
         mirrored = torch.rand(len(index), generator=generator) < 0.5
         cut = torch.stack([chosen[i, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(shifts)])
-        yield torch.where(mirrored[:, None, None, None], cut.flip(3), cut), index
+        yield torch.where(mirrored[:, None, None, None], cut.flip(3), cut)
 
 
-def train_(model: nn.Module, name: str, seed: int, epochs: float) -> None:
-    """Distillation from the float model; changes `model`.
+def train_(model: nn.Module, network: Network, settings: Settings, images: Tensor, seed: int) -> None:
+    """Distillation from the float model, with AdamW and a cosine schedule; changes `model`.
 
     Args:
         model: prepared.
-        name: of its format.
+        network: which.
+        settings: how.
+        images: [N, 3, 32, 32] normalized.
         seed: of order and augmentation.
-        epochs: how long; below 1 a part of an epoch.
     """
-    images, _ = training_images()
-    teacher, generator = KIT.build(), torch.Generator().manual_seed(seed)
-    per_epoch = len(images) // SETTINGS["batch"]
-    steps, done = max(1, round(epochs * per_epoch)), 0
-    rates = {key: SETTINGS[key][name] for key in ("lr", "range_lr")}
-    optimizer = torch.optim.AdamW(nc.qat.parameter_groups(model, weight_decay=SETTINGS["weight_decay"], **rates))
+    teacher, generator = network.kit.build(), torch.Generator().manual_seed(seed)
+    steps, done = max(1, round(settings.epochs * (len(images) // settings.batch))), 0
+    groups = nc.qat.parameter_groups(model, weight_decay=0.0, lr=settings.lr, range_lr=settings.range_lr)
+    optimizer = torch.optim.AdamW(groups)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    freeze = nc.qat.FreezeSchedule(batchnorm=round(SETTINGS["batchnorm_frozen_from"][name] * steps))
-    while done < steps:
-        for x, _ in batches(images, SETTINGS["batch"], generator):
+    freeze = nc.qat.FreezeSchedule(batchnorm=0)
+    while True:
+        for batch in batches(images, settings.batch, generator):
+            x = network.enlarged(batch)
             freeze.apply(model.train(), done)
             with torch.no_grad():
                 target = teacher(x)
-            loss = DISTANCES[SETTINGS["distance"][name]](model(x), target)
+            loss = DISTANCES[settings.distance](model(x), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -119,53 +164,61 @@ def train_(model: nn.Module, name: str, seed: int, epochs: float) -> None:
                 return
 
 
-def cell(name: str, method: str, seed: int, epochs: float) -> dict[str, Any]:
-    """Train (or only quantize) one format, and score what comes out."""
+def cell(name: str, form: str, method: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train (or only quantize) one format of one network, and score what comes out."""
+    kit = NETWORKS[name].kit
     started = time.perf_counter()
     torch.manual_seed(seed)
     if method == "ptq":
-        result = nc.quantize(KIT.build(), recipe(name, method), KIT.calibration(), progress=False)
+        result = nc.quantize(kit.build(), recipe(name, form, method), kit.calibration(), progress=False)
     else:
-        model = nc.qat.prepare(KIT.build(), recipe(name, method), KIT.calibration(), progress=False)
-        train_(model, name, seed, epochs)
+        model = nc.qat.prepare(kit.build(), recipe(name, form, method), kit.calibration(), progress=False)
+        train_(model, NETWORKS[name], settings, training_images(), seed)
         result = nc.qat.convert(model, strict=True)
     seconds = time.perf_counter() - started
-    scores = KIT.evaluate(result.model, "all")
-    return {"top1": scores["top1"], "seconds": seconds, "epochs": 0 if method == "ptq" else epochs}
+    trained = {"epochs": 0} if method == "ptq" else asdict(settings)
+    return {"top1": kit.evaluate(result.model, "all")["top1"], "seconds": seconds, **trained}
 
 
 def page(document: dict[str, Any]) -> str:
     """The results as Markdown."""
-    float32 = KIT.published["all"]["top1"]
-    rows = []
-    for name in FORMATS:
-        for method in METHODS:
-            found = [v for k, v in sorted(document["cells"].items()) if k.startswith(f"{name}:{method}:")]
-            if not found:
-                continue
-            scores = [row["top1"] for row in found]
-            spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-            mean, seconds = statistics.mean(scores), statistics.mean(row["seconds"] for row in found)
-            interval = 1.96 * math.sqrt(mean * (100 - mean) / 5000)
-            epochs = f"{found[0]['epochs']:g}"
-            rows.append(
-                (name, method, len(scores), epochs, f"{mean:.2f}", spread, f"{mean - float32:+.2f}", f"{interval:.2f}",
-                 f"{seconds:.0f}")
-            )  # fmt: skip
-    header = ("format", "method", "seeds", "epochs", "top-1 %", "spread", "against float32", "95 % +-", "seconds")
+    rows, asked = [], [(name, form, method) for name, form in _formats() for method in METHODS]
+    for name, form, method in asked:
+        found = [v for k, v in sorted(document["cells"].items()) if k.startswith(f"{name} {form}:{method}:")]
+        if not found:
+            continue
+        kit = NETWORKS[name].kit
+        float32, images = kit.published["all"]["top1"], kit.sets["all"].stop
+        scores = [row["top1"] for row in found]
+        spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+        mean, seconds = statistics.mean(scores), statistics.mean(row["seconds"] for row in found)
+        interval = 1.96 * math.sqrt(mean * (100 - mean) / images)
+        how = {key: value for key, value in found[0].items() if key in ("distance", "lr", "range_lr", "batch")}
+        rows.append(
+            (name, form, method, len(scores), f"{found[0]['epochs']:g}", f"{mean:.2f}", spread,
+             f"{mean - float32:+.2f}", f"{interval:.2f}", f"{seconds:.0f}", ", ".join(f"{k} {how[k]}" for k in how))
+        )  # fmt: skip
+    header = ("network", "format", "method", "seeds", "epochs", "top-1 %", "spread", "against float32", "95 % +-")
+    floats = ", ".join(f"{name} {network.kit.published['all']['top1']}" for name, network in NETWORKS.items())
     sections = [
-        f"`python -m benchmarks.qat`. Converted integer models on 5000 test images; float32 has {float32}. Trained on "
-        f"5000 images by distillation, settings {json.dumps(document['settings'])}. `spread` is the standard deviation "
+        f"`python -m benchmarks.qat`. Converted integer models on the test images; float32 has {floats}. Trained on "
+        "5000 images, shifted by up to 4 pixels and mirrored, by distillation from the float model with AdamW without "
+        "weight decay under a cosine schedule, statistics of BatchNorms frozen. `spread` is the standard deviation "
         "over seeds, `+-` the interval of one score from the number of images.",
-        results_io.table(header, rows),
+        results_io.table((*header, "seconds", "trained with"), rows),
     ]
     return results_io.page("Quantization-aware training", document["machine"], sections)
 
 
+def _formats() -> list[tuple[str, str]]:
+    return [(name, form) for name, network in NETWORKS.items() for form in network.settings]
+
+
 def every_cell() -> list[str]:
     """All cells."""
-    trained = [f"{name}:{method}:{seed}" for seed in range(SEEDS) for name in FORMATS for method in METHODS[1:]]
-    return [*(f"{name}:ptq:0" for name in FORMATS), *trained]
+    formats = [f"{name} {form}" for name, form in _formats()]
+    trained = [f"{form}:{method}:{seed}" for seed in range(SEEDS) for form in formats for method in METHODS[1:]]
+    return [*(f"{form}:ptq:0" for form in formats), *trained]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,24 +228,20 @@ def main(argv: list[str] | None = None) -> int:
         return qat_speed.main(given[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=every_cell(), metavar="CELL", help="some cells only")
-    parser.add_argument("--epochs", type=float, help="how long each is trained (default: see SETTINGS)")
+    parser.add_argument("--epochs", type=float, help="how long each is trained (default: see NETWORKS)")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work at all?")
     parser.add_argument("--out", type=Path, help="folder of the results")
     options = parser.parse_args(given)
-    if not results_io.available(["resnet20"], print):
+    if not results_io.available(list(NETWORKS), print):
         return 2
     folder = options.out or results_io.folder_of(not options.quick)
     for name in options.cells or every_cell():
         print(name, flush=True)
-        kind, method, seed = _parts(name)
-        epochs = 0.05 if options.quick else options.epochs or SETTINGS["epochs"][kind]
-        _keep(folder, name, cell(kind, method, seed, epochs))
+        network, form, method, seed = re.split("[ :]", name)
+        settings = NETWORKS[network].settings[form]
+        epochs = 0.05 if options.quick else options.epochs or settings.epochs
+        _keep(folder, name, cell(network, form, method, int(seed), replace(settings, epochs=epochs)))
     return 0
-
-
-def _parts(name: str) -> tuple[str, str, int]:
-    kind, method, seed = name.split(":")
-    return kind, method, int(seed)
 
 
 def _keep(folder: Path, name: str, value: dict[str, Any]) -> None:
@@ -200,7 +249,7 @@ def _keep(folder: Path, name: str, value: dict[str, Any]) -> None:
     path = folder / "qat.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
     facts = machine()
-    document |= {"machine": facts, "settings": SETTINGS}
+    document |= {"machine": facts}
     document["cells"][name] = value | {"commit": facts["commit"], "date": facts["date"]}
     print(name, value, flush=True)
     results_io.write_results(folder, "qat", document, page(document))

@@ -74,6 +74,12 @@ def write_results(folder: Path, name: str, document: dict[str, Any], page: str) 
     print(f"wrote {folder / name}.json and .md")
 
 
+def rows_of(folder: Path, name: str) -> list[Row]:
+    """The rows of an earlier NAME.json; none where there is no such file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
 def page(title: str, facts: dict[str, Any], sections: Sequence[str]) -> str:
     """A Markdown page: title, the machine, the sections."""
     return "\n\n".join([f"# {title}", machine_sentence(facts), *sections]) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,13 @@ def test_a_stopped_cell_is_tried_again_only_with_more_time(tmp_path) -> None:
 
 def test_a_page_of_what_is_known_measures_nothing(tmp_path) -> None:
     assert run([cell(tmp_path)], tmp_path, known_only=True) == ([], 0)
+
+
+def test_cells_without_a_row_keep_that_of_an_earlier_document(tmp_path) -> None:
+    other = replace(cell(tmp_path), method="rtn")
+    new, old = row("hqq", -0.1) | cell(tmp_path).row, row("hqq", -0.9) | cell(tmp_path).row
+    earlier = [old, row("rtn", -0.4) | other.row, row("gptq", -0.4)]
+    assert low_bits_cells.with_earlier([other, cell(tmp_path)], [new], earlier) == [earlier[1], new]
 
 
 def test_time_left_is_that_of_cells_alike(tmp_path) -> None:
