@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import narrowcast as nc
 from narrowcast.kernels.reference import quantize_rows, quantize_rows_asymmetric
+from narrowcast.nn import trained_inputs
 from narrowcast.nn.trained import TrainedModule
 
 INPUTS = ("int8/token", "uint8/token", "uint8/tensor static:minmax", "uint8/channel static:minmax", None)
@@ -141,6 +142,38 @@ def test_the_gradient_of_the_weight_is_that_of_the_rounded_product(given: str | 
     twin(x).backward(upstream)
     torch.testing.assert_close(twin.weight.grad, upstream.t() @ x, rtol=0.05, atol=0.1)
     torch.testing.assert_close(twin.bias.grad, upstream.sum(0))
+
+
+@pytest.mark.parametrize("given", ["int8/token", "uint8/token"])
+def test_layers_that_read_one_input_round_it_once_each_way_and_answer_as_alone(given: str, monkeypatch: Any) -> None:
+    x = noise(6, 32).requires_grad_()
+    twins = [twin_of(nn.Linear(32, 8), x.detach(), "int4/channel", given).train() for _ in range(3)]
+    alone = []
+    for twin in twins:
+        copied = x.detach().clone().requires_grad_()
+        out = twin(copied)
+        out.square().sum().backward()
+        alone.append((out.detach(), copied.grad, twin.weight.grad.clone()))
+        twin.weight.grad = None
+    counted, rounded = [], trained_inputs.rounded
+    monkeypatch.setattr(trained_inputs, "rounded", lambda *given: counted.append(1) or rounded(*given))
+    outs = [twin(x) for twin in twins]
+    assert len(counted) == 1
+    sum(out.square().sum() for out in outs).backward()
+    assert len(counted) <= 2
+    for twin, out, (expected, _, of_weight) in zip(twins, outs, alone, strict=True):
+        assert torch.equal(out.detach(), expected)
+        assert torch.equal(twin.weight.grad, of_weight)
+    torch.testing.assert_close(x.grad, sum(gradient for _, gradient, _ in alone))
+
+
+def test_an_input_that_is_written_to_between_two_layers_is_rounded_again() -> None:
+    first, second = (twin_of(nn.Linear(32, 8), noise(6, 32), "int4/channel", "int8/token").train() for _ in range(2))
+    x = noise(6, 32)
+    with torch.no_grad():
+        first(x)
+        x.mul_(-3.0)
+        assert torch.equal(second(x), second(x.clone()))
 
 
 def test_convolutions_get_torchs_own_gradients_of_the_rounded_product() -> None:
