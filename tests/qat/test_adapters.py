@@ -209,6 +209,12 @@ def test_merged_learned_levels_and_casts_keep_their_format() -> None:
         torch.testing.assert_close(answer(merged.model, x), answer(model, x), rtol=0.5, atol=0.5)
 
 
+def test_converting_a_model_with_adapters_points_to_merging() -> None:
+    model = nc.qat.attach_adapters(quantized()[0])
+    with pytest.raises(nc.ModelError, match=r"nc\.qat\.merge_adapters merges them"):
+        nc.qat.convert(model)
+
+
 def test_the_start_from_the_float_model_is_nearer_to_it() -> None:
     torch.manual_seed(0)
     float_model, x = nn.Sequential(nn.Linear(50, 32), nn.GELU(), nn.Linear(32, 8)), noise(48, 50)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from narrowcast.errors import ModelError
+from narrowcast.nn.frozen import FrozenLinear
 from narrowcast.nn.trained import TrainedModule
 from narrowcast.pipeline.fuse import Flows
 from narrowcast.pipeline.run import Begun
@@ -75,6 +76,11 @@ def unwrapped(model: Any) -> nn.Module:
         ModelError: it was not prepared.
     """
     inner = marked(model, _NAME)
+    if inner is None and isinstance(model, nn.Module) and any(isinstance(m, FrozenLinear) for m in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} has low-rank adapters over frozen integers and was not prepared for training of "
+            "the integers themselves; nc.qat.merge_adapters merges them into the quantized model"
+        )
     if inner is None:
         raise ModelError(
             f"{type(model).__name__} was not prepared for quantization-aware training; call nc.qat.prepare(model, "
