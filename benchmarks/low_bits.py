@@ -123,6 +123,8 @@ def applies(kit: KitModel, form: str, method: str) -> bool:
         return False  # refused: no integer kernel multiplies an LSTM's weights with such inputs
     if (FORMATS | MORE_FORMATS)[form].ends[0] and kit.name not in ENDS:
         return False
+    if "static" in (FORMATS | MORE_FORMATS)[form].input and not METHODS[method].get("data", True):
+        return False  # refused: the ranges come from data
     if method in CONVOLUTIONAL:
         return kit.kind == "cnn"
     return method not in ATTENTION or kit.kind in ("encoder", "decoder")

@@ -84,6 +84,12 @@ class Network:
     settings: dict[str, Settings]
 
 
+def _enlarge(images: Tensor) -> Tensor:
+    """[N, 3, 32, 32] -> [N, 3, 112, 112] channels last, in which a step of MobileNetV2 takes half the time."""
+    large = F.interpolate(images, size=112, mode="bilinear", align_corners=False)
+    return large.contiguous(memory_format=torch.channels_last)
+
+
 NETWORKS = {
     "resnet20": Network(
         resnet20.KIT,
@@ -97,9 +103,9 @@ NETWORKS = {
     ),
     "mobilenetv2": Network(
         mobilenetv2.KIT,
-        partial(F.interpolate, size=112, mode="bilinear", align_corners=False),
+        _enlarge,
         ("stem", "classifier"),
-        {"W4A4": Settings(8, "squared", 5e-4, 5e-4, batch=64)},
+        {"W4A4": Settings(8, "squared", 2e-4, 2e-4, batch=64)},
     ),
 }
 
