@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from narrowcast.data import Batch, iterate
 from narrowcast.errors import DataError, ModelError
 from narrowcast.export.onnx_twins import Source, float_twin
 from narrowcast.models import require_onnx
-from narrowcast.nn import Activation
+from narrowcast.nn import Activation, FoldedBatchNorm, FusedActivation
 
 _STATIC = QuantSpec.parse("uint8/tensor")
 
@@ -88,12 +89,27 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(proto, blocked=blocked)
     work = _Work(adapter, sources, {})
     notes = work.write()
+    adapter.graph.metadata_props["narrowcast.layers"] = json.dumps(_told(model, sources))
     adapter.finish()
     verdict = importlib.import_module("narrowcast.models.onnx_verdict")
     kernels = verdict.kernels_of(verdict.optimized_graph(adapter.graph), adapter.codes)
     importlib.import_module("narrowcast.models.onnx_file").write_onnx(adapter.graph, path)
     rows = [work.row(name, kernels) for name in sources]
     return Exported(Path(path), rows, [*adapter.notes, *notes])
+
+
+def _told(model: nn.Module, sources: dict[str, Source]) -> dict[str, Any]:
+    """What the file's metadata says of every layer: formats as in the recipe, and the module whose output is its own."""
+    ends = {m.convolution: path for path, m in model.named_modules() if isinstance(m, FoldedBatchNorm)}
+    ends |= {m.linear: path for path, m in model.named_modules() if isinstance(m, FusedActivation)}
+    told = {}
+    for path, source in sources.items():
+        given = source.activation.spec
+        told[path] = {
+            "spec": str(source.record.spec), "input": "" if given is None else str(given), "end": ends.get(path, ""),
+            "behind": source.behind,
+        }  # fmt: skip
+    return told
 
 
 def _exported(twin: nn.Module, batch: Batch) -> Any:

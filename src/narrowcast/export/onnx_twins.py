@@ -29,11 +29,13 @@ class Source:
         record: its weight.
         activation: treatment of its input.
         kind: "Linear", "Conv" or "Embedding".
+        behind: the activation function that the module has taken in, "none" where there is none.
     """
 
     record: QuantizedTensor
     activation: Activation
     kind: str
+    behind: str = "none"
 
 
 class _Linear(nn.Module):
@@ -119,7 +121,7 @@ def _source(module: Any, kind: str) -> Source:
         return Source(record, Activation(), kind)
     if kind == "Conv" and module.shape.transposed and not isinstance(record.spec.granularity, PerGroup):
         record = _turned(record, module)
-    return Source(record, module.input_ranges(), kind)
+    return Source(record, module.input_ranges(), kind, getattr(module, "fused", "none"))
 
 
 def _turned(record: QuantizedTensor, module: QuantizedConv) -> QuantizedTensor:

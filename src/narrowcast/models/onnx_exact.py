@@ -12,6 +12,7 @@ Three forms, each with the weight's codes as they are stored:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from narrowcast.core import QuantizedTensor, QuantSpec, spread_channels
 from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models.onnx_handover import Codes, Handover, hand_over
 from narrowcast.models.onnx_layers import Use, attribute
+from narrowcast.models.onnx_parts import RANGES, Ranges
 from narrowcast.models.onnx_scribe import Scribe, replace_node
 
 Array = Any
@@ -52,6 +54,7 @@ class _Writer:
     made: dict[tuple[Any, ...], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)
     raised: dict[str, int] = field(default_factory=dict)
+    ranges: dict[str, Any] = field(default_factory=dict)
 
 
 def write_products(
@@ -60,7 +63,7 @@ def write_products(
     """Write static products, and the Q and DQ nodes between them.
 
     Args:
-        scribe: writes.
+        scribe: writes; what codes mean that the graph does not tell goes into the model's metadata.
         graph: the main graph, which has all of the nodes.
         products: by the node's name.
 
@@ -77,6 +80,7 @@ def write_products(
             node.replace_input_with(index, _coded(writer, node.inputs[index], codes)[1])
     for path, product in products.items():
         _write(writer, path, product)
+    scribe.model.metadata_props[RANGES] = json.dumps(writer.ranges)
     return writer.stored, writer.raised
 
 
@@ -111,6 +115,9 @@ def _coded(writer: _Writer, value: ir.Value, codes: Codes, pads: tuple[int, ...]
                          attributes=attributes)  # fmt: skip
     decoded = scribe.after(coded, writer.graph, "DequantizeLinear", [coded, *common], f"{name}_DequantizeLinear")
     decoded.shape, decoded.type = shape, kind
+    if not attributes and not codes.is_one_range:  # in the graph these codes seem to have one range
+        meaning = Ranges(codes.scale, codes.zero, codes.axis)
+        writer.ranges[str(coded.name)] = meaning.to_json()
     writer.made[key] = coded, decoded
     return coded, decoded
 
