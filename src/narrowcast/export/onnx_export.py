@@ -99,7 +99,7 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
 
 
 def _told(model: nn.Module, sources: dict[str, Source]) -> dict[str, Any]:
-    """What the file's metadata says of every layer: formats as in the recipe, and the module whose output is its own."""
+    """What the file's metadata says of every layer: formats as in the recipe, and the module that gives its output."""
     ends = {m.convolution: path for path, m in model.named_modules() if isinstance(m, FoldedBatchNorm)}
     ends |= {m.linear: path for path, m in model.named_modules() if isinstance(m, FusedActivation)}
     told = {}

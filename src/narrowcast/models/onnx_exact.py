@@ -2,12 +2,12 @@
 
 Three forms, each with the weight's codes as they are stored:
 
-    codes in, codes out    the convolution's scales and bias are divided per output channel by what the reader's range of
-                           that channel is to the largest one; so one scale and zero point serve all channels: QLinearConv
+    codes in, codes out    the convolution's scales and bias are divided per output channel by what the reader's range
+                           of that channel is to the largest one; so one scale and zero point serve all: QLinearConv
     codes in, floats out   ConvInteger, Cast, Mul, Add: what is added, averaged or returned is not rounded in between.
                            Gemm and MatMul give floats anyway
-    floats in              QuantizeLinear with a range per channel; DequantizeLinear with the one scale that products know.
-                           Together they are no identity, but the product's weights have the difference in them
+    floats in              QuantizeLinear with a range per channel; DequantizeLinear with the one scale that products
+                           know. Together no identity, but the product's weights have the difference in them
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _divided(record: QuantizedTensor, bias: Array | None, output: Codes) -> tupl
 
 
 def _sums(writer: _Writer, product: Product, coded: ir.Value, bias: Array | None) -> str:
-    """A convolution that gives floats: the sums of codes, times the scales, plus the bias, as narrowcast's kernels do."""
+    """A convolution that gives floats: sums of codes, times the scales, plus the bias, as narrowcast's kernels do."""
     use, node, scribe, stem = product.use, product.use.node, writer.scribe, str(product.use.weight.name)
     integers, scale, _ = patterns.codes_of(product.record)
     sides = [int(side) for side in use.weight.const_value.shape]
@@ -213,8 +213,8 @@ def _add_behind(writer: _Writer, use: Use, bias: Array) -> None:
     node, scribe = use.node, writer.scribe
     output, name = node.outputs[0], str(node.outputs[0].name)
     readers = list(output.uses())
-    added = scribe.after(output, writer.graph, "Add", [output, scribe.constant(bias.astype(np.float32), f"{name}_bias")],
-                         f"{name}_Add")  # fmt: skip
+    constant = scribe.constant(bias.astype(np.float32), f"{name}_bias")
+    added = scribe.after(output, writer.graph, "Add", [output, constant], f"{name}_Add")
     added.shape, added.type = output.shape, output.type
     for reader, index in readers:
         reader.replace_input_with(index, added)

@@ -1,9 +1,9 @@
-"""Which values of a graph travel as 8-bit codes, with whose ranges, and which stay float: every value is rounded once.
+"""Which values of a graph travel as 8-bit codes, with whose ranges, and which stay float: every one is rounded once.
 
-A product wants its input in the codes that calibration gave it, with a range per channel. The wish travels back through
-Relu, Clip, pools and concatenations to the operator that makes the value. Where that is a convolution and nobody wants
-the value otherwise, the convolution writes those very codes. What is also added, averaged, returned or wanted with other
-ranges stays float, and each reader rounds it for itself: so do the modules (nn/network_codes.py).
+A product wants its input in the codes that calibration gave it, with a range per channel. The wish travels back
+through Relu, Clip, pools and concatenations to the operation that makes the value. Where that is a convolution and
+nobody wants the value otherwise, the convolution writes those very codes. What is also added, averaged, returned or
+wanted with other ranges stays float, and each reader rounds it for itself: so do the modules (nn/network_codes.py).
 """
 
 from __future__ import annotations

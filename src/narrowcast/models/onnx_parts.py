@@ -1,8 +1,8 @@
-"""The layers of an ONNX graph, quantized or not, as seen from outside: what goes in, what comes out, and in which codes.
+"""The layers of an ONNX graph, quantized or not, as seen from outside: what goes in and comes out, and in which codes.
 
-A layer is a product with a constant, its bias, and the Relu or Clip behind it where its output is rounded only there. What
-lies between codes is one kernel in ONNX Runtime, so values are looked at as codes where they are codes: asking for the
-float value in front of a QuantizeLinear would make ONNX Runtime compute it in float.
+A layer is a product with a constant, its bias, and the Relu or Clip behind it where its output is rounded only there.
+What lies between codes is one kernel in ONNX Runtime, so values are looked at as codes where they are codes: asking for
+the float value in front of a QuantizeLinear would make ONNX Runtime compute it in float.
 """
 
 from __future__ import annotations

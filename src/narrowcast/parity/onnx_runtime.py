@@ -42,27 +42,25 @@ class OnnxRuntime(Runtime):
         self._room = importlib.import_module("narrowcast.models.onnx_parts")
         self._sessions = importlib.import_module("narrowcast.models.onnx_session")
         self._noted = self._room.notes_of(model.graph, self._room.LAYERS)
-        self._by_value = False
-        self._parts: dict[str, Any] = {}
+        self._found = self._room.find_parts(model.graph)
+        self._beside_graph = False
+        self._parts: dict[str, Any] = {part.layer: part for part in self._found}
         self._alone: dict[tuple[str, str, int], Any] = {}
         self._watched: tuple[Mapping[str, Unit], Watcher] | None = None
         self._seen: tuple[tuple[str, ...], Any] | None = None
-        self._name_parts()
-
-    def _name_parts(self) -> None:
-        found = self._room.find_parts(self.model.graph)
-        self._parts = {part.output if self._by_value else part.layer: part for part in found}
 
     def meet(self, other: Runtime) -> list[str]:
-        """See `Runtime`: beside another graph layers are found by the names of their outputs, else of their weights."""
-        self._by_value = isinstance(other, OnnxRuntime)
-        self._name_parts()
+        """See `Runtime`: layers have the names of their weights; beside another graph else of their outputs."""
+        if isinstance(other, OnnxRuntime):
+            self._beside_graph = True
+            known = {part.layer for part in other._found}
+            self._parts = {part.layer if part.layer in known else part.output: part for part in self._found}
         return importlib.import_module("narrowcast.models.onnx_warnings").warnings_of(self.model.graph)
 
     def names(self) -> set[str]:
         """See `Runtime`."""
         values = {str(value.name) for node in self.model.graph.graph for value in node.outputs}
-        return set(self._parts) | (values if self._by_value else set())
+        return set(self._parts) | (values if self._beside_graph else set())
 
     def units(self) -> dict[str, Unit]:
         """See `Runtime`."""
@@ -74,7 +72,7 @@ class OnnxRuntime(Runtime):
 
     def _end(self, name: str) -> str:
         part = self._parts[name]
-        if self._by_value:
+        if self._beside_graph:
             return "" if part.end == part.output else str(part.end)
         return str(self._noted.get(part.layer, {}).get("end", ""))
 
@@ -129,7 +127,7 @@ class OnnxRuntime(Runtime):
         """Name of the value at which a layer's output is looked at."""
         if part.handed:
             return str(part.handed)
-        return unit.end if self._by_value and unit.end else str(part.end)
+        return unit.end if self._beside_graph and unit.end else str(part.end)
 
     def _output(self, part: Any, unit: Unit, value: Tensor) -> Tensor:
         if part.handed:
@@ -153,7 +151,7 @@ class OnnxRuntime(Runtime):
         sides = [size for pair in reversed(part.padding) for size in pair]
         x = functional.pad(x, sides) if sides else x
         scale, zero = _spread(part.given_codes, x.dim())
-        steps = x / scale if self._by_value else x * (1.0 / scale)
+        steps = x / scale if self._beside_graph else x * (1.0 / scale)
         signed = part.given_codes.signed
         low, high = (-128, 127) if signed else (0, 255)
         return (steps.round() + zero).clamp(low, high).to(torch.int8 if signed else torch.uint8)
