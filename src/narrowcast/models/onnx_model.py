@@ -19,7 +19,9 @@ from narrowcast.errors import DataError
 from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models import onnx_targets as targets
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
+from narrowcast.models.onnx_exact import Product, write_products
 from narrowcast.models.onnx_file import read_onnx
+from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
 from narrowcast.models.onnx_prepare import prepare
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
@@ -249,6 +251,26 @@ class OnnxModel(ModelAdapter):
         """Write the Q and DQ nodes of what `place_ranges` decided."""
         nodes = [self._uses[path].node for path in paths]
         put(self._scribe, self.graph.graph, self.placement, nodes, ranges)
+
+    def write_products(self, products: Mapping[str, tuple[QuantizedTensor, Activation]]) -> dict[str, int]:
+        """Write static products with the very codes of their weights, and the Q and DQ nodes between them.
+
+        Args:
+            products: by the node's name, the weight and the ranges of the input, one or one per channel.
+
+        Returns:
+            By name, how many channels have other codes, since their bias would not fit into int32.
+        """
+        found = {path: self._product(path, *given) for path, given in products.items()}
+        stored, raised = write_products(self._scribe, self.graph.graph, found)
+        self.codes |= stored
+        return raised
+
+    def _product(self, path: str, record: QuantizedTensor, activation: Activation) -> Product:
+        use = self._uses[path]
+        scale, zero = activation.scale, activation.zero_point
+        assert scale is not None and zero is not None
+        return Product(use, record, Codes.of(scale.numpy(), zero.numpy(), 1 if use.op == "Conv" else -1))
 
     def finish(self) -> None:
         """Remove what nothing reads any more."""
