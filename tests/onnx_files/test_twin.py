@@ -137,3 +137,23 @@ def decomposed_norm() -> Any:
         graphs.constant(np.exp(graphs.normal(8, seed=3)), "gain"), graphs.constant(graphs.normal(8, seed=4), "shift"),
     ]  # fmt: skip
     return graphs.model(nodes, [graphs.value("x", ["n", 5, 8])], [graphs.value("y", [None] * 3)], constants, 18)
+
+
+def test_blocks_that_come_in_turns_are_one_block() -> None:
+    nodes, constants, x = [node("MatMul", ["x", "stem"], ["e"])], [graphs.constant(graphs.normal(8, 8), "stem")], "e"
+    for layer in range(3):
+        for name, side in (("wide", 12), ("long", 24)):
+            out = f"{name}{layer}"
+            nodes += [node("MatMul", [x, f"{out}.up"], [f"{out}.h"]), node("Relu", [f"{out}.h"], [f"{out}.r"])]
+            nodes += [node("Tanh", [f"{out}.r"], [f"{out}.t"])] if name == "wide" else []
+            nodes += [node("MatMul", [nodes[-1].output[0], f"{out}.down"], [f"{out}.d"])]
+            nodes += [node("Add", [x, f"{out}.d"], [out])]
+            constants += [graphs.constant(graphs.normal(8, side), f"{out}.up")]
+            constants += [graphs.constant(graphs.normal(side, 8), f"{out}.down")]
+            x = out
+    nodes.append(node("MatMul", [x, "head"], ["y"]))
+    constants.append(graphs.constant(graphs.normal(8, 3), "head"))
+    model = graphs.model(nodes, [graphs.value("x", ["n", 8])], [graphs.value("y", ["n", 3])], constants)
+    _, twin = twin_of(model)
+    assert [len(dict(part.named_children())) for part in twin.module] == [1, 4, 4, 4, 1]
+    assert same(model, graphs.normal(5, 8)) > 100

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from narrowcast.models.onnx_layers import Use
 from narrowcast.models.onnx_node import NodeSession, read_by
 from narrowcast.models.onnx_ops import DTYPES, OPS
+from narrowcast.models.onnx_parts import cut
 from narrowcast.models.onnx_twin_layers import Made, Parameters, layer_of, norm_of
 
 
@@ -205,23 +206,17 @@ class _Builder:
         return found
 
     def _cuts(self, nodes: list[ir.Node]) -> list[list[ir.Node]]:
-        """The steps in parts: a part ends where one value alone is read later, and begins with a layer."""
-        until: dict[int, int] = {}
-        for index, node in enumerate(nodes):
-            until |= {id(value): index for value in self._reads(node)}
-        parts: list[list[ir.Node]] = []
-        alive: set[int] = set()
-        part: list[ir.Node] = []
-        for index, node in enumerate(nodes):
-            part.append(node)
-            alive = {value for value in alive | {id(v) for v in node.outputs} if until.get(value, -1) > index}
-            if len(alive) == 1 and index + 1 < len(nodes):
-                parts.append(part)
-                part = []
-        return _joined([*parts, part] if part else parts, self._is_layer)
+        return cut(nodes, self._reads, lambda node: node.outputs, self._is_layer, self._kind)
 
     def _is_layer(self, node: ir.Node) -> bool:
         return id(node) in self.modules and self.modules[id(node)].use is not None
+
+    def _kind(self, node: ir.Node) -> tuple[Any, ...]:
+        """Operator, and of convolutions the kernel and whether every channel has its own."""
+        if not self._is_layer(node):
+            return (str(node.op_type),)
+        module: Any = self.modules[id(node)].module
+        return type(module).__name__, tuple(module.weight.shape[2:]), getattr(module, "groups", 1) > 1
 
     def _context(self, first: list[ir.Node], inputs: dict[str, Any], parts: list[list[ir.Node]]) -> list[str]:
         """What the parts read of that which depends on no module."""
@@ -268,17 +263,6 @@ class _Builder:
             attributes.setdefault("num_outputs", len(node.outputs))
         function = None if row is None else row(attributes)
         return NodeSession(node, self.model) if function is None else function
-
-
-def _joined(parts: list[list[ir.Node]], is_layer: Callable[[ir.Node], bool]) -> list[list[ir.Node]]:
-    """The parts, those without a layer as the end of the one before."""
-    found: list[list[ir.Node]] = []
-    for part in parts:
-        if found and not any(map(is_layer, part)):
-            found[-1] = found[-1] + part
-        else:
-            found.append(part)
-    return found
 
 
 def _dropping(steps: list[Step], kept: set[str]) -> list[Step]:
