@@ -193,8 +193,7 @@ def test_weights_in_subgraphs_are_quantized_without_static_ranges() -> None:
 
 def test_what_cannot_be_done_is_said_before_any_work() -> None:
     for recipe, words in (
-        ({"transforms": ["smoothquant"], "rule": [{"weight": "int8"}]}, "not applied to ONNX files"),
-        ({"sequential": True, "rule": [{"weight": "int8"}]}, "one pass"),
+        ({"transforms": ["rotate"], "rule": [{"weight": "int8"}]}, "knows the decoders of transformers"),
         ({"rule": [{"weight": "int8", "input": "int8/token outliers:top(1%)"}]}, "outlier channels"),
         ({"rule": [{"layers": "nothing.*", "weight": "int8"}]}, "matches no layer"),
     ):

@@ -24,6 +24,7 @@ from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
 from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_rewrite import with_constant
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
 from narrowcast.models.onnx_session import OnnxModule, Watching, feeds_of
 from narrowcast.models.onnx_static import Placement, place, put
@@ -212,12 +213,30 @@ class OnnxModel(ModelAdapter):
         (record,) = weights.values()
         return Written(record, activation)
 
+    def uses(self) -> list[Use]:
+        """Every weight with a node that reads it, in the order of the nodes."""
+        return list(self._uses.values())
+
+    def rewrite(self, path: str, array: Any, bias: Any) -> None:
+        """Give a node another float weight and bias.
+
+        Args:
+            path: of the node.
+            array: in the layout of its constant; None leaves it.
+            bias: [out] float32; None leaves it.
+        """
+        if array is not None:
+            self._uses[path] = with_constant(self._scribe, self._uses[path], array)
+        if bias is not None:
+            patterns.set_bias(self._scribe, self._uses[path], bias)
+        self.model = OnnxModule(self.graph, self.name)
+
     def install(self, path: str, module: Written) -> None:
         """Write a quantized weight at one node; static inputs get their Q and DQ from `put_ranges`."""
         use, record, mode = self._uses[path], module.record, module.activation.mode
         scribe = self._scribe
         bias = use.bias_array if module.bias is None else np.asarray(module.bias, np.float32)
-        if module.bias is not None and use.op in ("MatMul", "ConvTranspose"):
+        if module.bias is not None:
             patterns.set_bias(scribe, use, bias)
         if record.spec.format.is_cast:
             self.codes[path] = patterns.cast(scribe, use, record)

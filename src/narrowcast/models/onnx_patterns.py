@@ -98,11 +98,29 @@ def _scales(scribe: Scribe, scale: Array, zero: Array, stem: str) -> list[ir.Val
 
 
 def set_bias(scribe: Scribe, use: Use, bias: Array) -> None:
-    """Give a node, or the Add behind it, another float bias."""
+    """Give a node, or the Add behind it, another float bias; a product without an Add gets one."""
     node, index = use.adder
+    if node is None:
+        return _add_bias(scribe, use, bias)
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, scribe.constant(bias.astype(np.float32), f"{use.weight.name}_bias"))
+    return None
+
+
+def _add_bias(scribe: Scribe, use: Use, bias: Array) -> None:
+    product = use.node.outputs[0]
+    readers, name = list(product.uses()), product.name
+    assert use.node.graph is not None
+    parts = [product, scribe.constant(bias.astype(np.float32), f"{use.weight.name}_bias")]
+    added = scribe.after(product, use.node.graph, "Add", parts, f"{use.node.name}_bias_Add")
+    added.shape, added.type = product.shape, product.type
+    for reader, index in readers:
+        reader.replace_input_with(index, added)
+    if product.is_graph_output():
+        outputs = use.node.graph.outputs
+        outputs[outputs.index(product)] = added
+        product.name, added.name = f"{name}_without_bias", name
 
 
 def _static_bias(scribe: Scribe, use: Use, bias: Array, scale: Array) -> None:
@@ -285,10 +303,10 @@ def rows(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
 
 
 def cast(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
-    """The weight in a 16-bit float, cast to float32 in front of the node; ONNX Runtime does so once, when loading."""
+    """The weight in a float format, cast to float32 in front of the node; ONNX Runtime does so once, when loading."""
     kind, stem = KINDS[use.op], str(use.weight.name)
     name = record.spec.format.name
-    storage = np.float16 if name == "fp16" else ml_dtypes.bfloat16
+    storage = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}[name]
     array = kind.restore(record.dequantize().numpy(), use).astype(storage)
     value = scribe.constant(array, f"{stem}_{name}")
     result = scribe.before(use.node, "Cast", [value], f"{stem}_Cast", attributes={"to": 1})
