@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,32 +115,70 @@ def _with_signature(call: Callable[..., Any], names: Sequence[str]) -> Callable[
     def forward(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD if all(n.isidentifier() for n in names) else None
-    if kinds is not None:
-        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kinds) for n in names])  # type: ignore[attr-defined]
+    forward.input_names = tuple(names)  # type: ignore[attr-defined]
     return forward
 
 
 def feeds_of(session: Any, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a session as arrays of the dtypes that it wants.
 
+    Floats become the float type that is wanted, whole numbers the whole type if they fit; nothing else is changed.
+
     Raises:
-        DataError: an input is missing, unknown or of an impossible dtype.
+        DataError: an input is missing, unknown, of another kind of numbers, or of a shape that the graph rules out.
     """
+    wanted = {entry.name: entry for entry in session.get_inputs() if entry.name in names}
+    if len(args) > len(names):
+        raise DataError(f"{len(args)} inputs were given by position, and the model has {len(names)}: {_listed(wanted)}")
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    wanted = {entry.name: entry.type for entry in session.get_inputs() if entry.name in names}
     if missing := [name for name in wanted if name not in given]:
-        raise DataError(f"the model has the input {missing[0]!r}, and the data does not; it has {', '.join(given)}")
+        raise DataError(
+            f"the model has the input {missing[0]!r}, and the data does not: it has {', '.join(given) or 'none'}; the "
+            f"model's inputs are {_listed(wanted)}"
+        )
     if unknown := [name for name in given if name not in wanted]:
-        raise DataError(f"the model has no input {unknown[0]!r}; it has {', '.join(wanted)}")
-    feeds = {}
-    for name, value in given.items():
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
-        dtype = _DTYPES.get(wanted[name], tensor.dtype)
-        if tensor.is_floating_point() and not dtype.is_floating_point:
-            raise DataError(f"input {name!r} wants {wanted[name]}, and the data has {tensor.dtype}")
-        feeds[name] = tensor.detach().to("cpu", dtype).contiguous().numpy()
-    return feeds
+        raise DataError(
+            f"the model has no input {unknown[0]!r}; its inputs are {_listed(wanted)}: rename it, or leave it out"
+        )
+    return {name: _feed(wanted[name], value) for name, value in given.items()}
+
+
+def _listed(wanted: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name!r} {entry.type} {entry.shape}" for name, entry in wanted.items())
+
+
+def _feed(entry: Any, value: Any) -> Any:
+    """One input as an array.
+
+    Raises:
+        DataError: it does not fit what the graph declares.
+    """
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    dtype = _DTYPES.get(entry.type, tensor.dtype)
+    wants = f"input {entry.name!r} wants {entry.type} {entry.shape}, and the data has"
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        remedy = "convert it as in training: pixels are divided by 255, minus mean, by standard deviation"
+        if tensor.is_floating_point():
+            remedy = f"give whole numbers, {str(dtype).removeprefix('torch.')}"
+        raise DataError(f"{wants} {str(tensor.dtype).removeprefix('torch.')}; {remedy}")
+    declared = [side if isinstance(side, int) else None for side in entry.shape or tensor.shape]
+    got = list(tensor.shape)
+    if len(got) != len(declared) or any(d not in (None, g) for d, g in zip(declared, got, strict=True)):
+        raise DataError(f"{wants} the shape {got}; give {len(declared)} axes of these sizes{_turned(declared, got)}")
+    cast = tensor.detach().to("cpu", dtype)
+    if not dtype.is_floating_point and not torch.equal(cast.to(tensor.dtype), tensor.detach().cpu()):
+        raise DataError(f"{wants} numbers from {int(tensor.min())} to {int(tensor.max())}, which do not fit")
+    return cast.contiguous().numpy()
+
+
+def _turned(declared: Sequence[int | None], got: Sequence[int]) -> str:
+    """A guess at images whose channels are on the other side."""
+    if len(got) != 4 or len(declared) != 4:
+        return ""
+    fits = all(d in (None, g) for d, g in zip(declared, [got[0], *got[2:], got[1]], strict=True))
+    back = all(d in (None, g) for d, g in zip(declared, [got[0], got[3], *got[1:3]], strict=True))
+    layout = 'NHWC: Preprocessing(layout="NHWC")' if fits else "NCHW" if back else ""
+    return f"; it looks as if the model takes images as {layout}" if layout else ""
 
 
 def run_session(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
