@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import DataError, ModelError
-from narrowcast.models.onnx_file import read_onnx, stored_size, write_onnx
+from narrowcast.models.onnx_file import is_large, read_onnx, tensors_of, write_onnx
 
-# Larger models go through a file, since a message of two gigabytes cannot be.
-_LARGEST_MESSAGE = 2**30
 # Values that are watched leave the graph as outputs; about so many bytes of them are held at once.
 WATCHED_BYTES = 256 * 2**20
+# Where ONNX Runtime looks for the files of weights of a model that it gets as bytes.
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _DTYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
     "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool,
@@ -43,7 +44,10 @@ def open_session(model: ir.Model, *, optimized: Path | None = None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    with _loadable(model) as source:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    with _loadable(model, options) as source:
         try:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has a class of error for each status
@@ -51,14 +55,17 @@ def open_session(model: ir.Model, *, optimized: Path | None = None) -> Any:
 
 
 @contextmanager
-def _loadable(model: ir.Model) -> Iterator[Any]:
-    """The model as bytes, or as a path where it is large."""
-    if stored_size(model) < _LARGEST_MESSAGE and not any(
-        isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()
-    ):
+def _loadable(model: ir.Model, options: Any) -> Iterator[Any]:
+    """The model as bytes, its weights in the file where they are; as a path where that cannot be."""
+    tensors = list(tensors_of(model))
+    folders = {str(tensor.base_dir) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    inside = sum(int(tensor.nbytes) for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
+    if not is_large(inside) and len(folders) < 2:
+        if folders:
+            options.add_session_config_entry(_DATA_FOLDER, folders.pop())
         yield ir.to_proto(model).SerializeToString()
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="narrowcast.") as folder:
         yield str(write_onnx(model, Path(folder) / "model.onnx")[-1])
 
 
@@ -94,6 +101,11 @@ class OnnxModule(nn.Module):
         self.forward = _with_signature(self.answer, self.input_names)  # type: ignore[method-assign]
 
     @property
+    def declared(self) -> Declared:
+        """What the graph says of its inputs."""
+        return Declared(self.graph)
+
+    @property
     def session(self) -> Any:
         """The session, opened when it is first needed."""
         if self._session is None:
@@ -102,13 +114,45 @@ class OnnxModule(nn.Module):
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives for these inputs: a tensor, or a tuple of several."""
-        feeds = feeds_of(self.session, self.input_names, args, kwargs)
+        feeds = feeds_of(self.declared, self.input_names, args, kwargs)
         got = run_session(self.session, None, feeds)
         tensors = tuple(torch.from_numpy(array) if hasattr(array, "dtype") else array for array in got)
         return tensors[0] if len(tensors) == 1 else tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModule:
         return OnnxModule(self.graph.clone(), self.name)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One input as a session describes it: name, type like "tensor(float)", sides by number or name."""
+
+    name: str
+    type: str
+    shape: list[Any] | None
+
+
+class Declared:
+    """The inputs of a graph in the words of a session, which would take the memory of the whole model.
+
+    Args:
+        model: the graph.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+
+    def get_inputs(self) -> list[Entry]:
+        """All inputs of the graph."""
+        return [_entry(value) for value in self.model.graph.inputs]
+
+
+def _entry(value: ir.Value) -> Entry:
+    kind = "" if value.dtype is None else value.dtype.name.lower()
+    shape = None
+    if value.shape is not None:
+        shape = [side if isinstance(side, int) else side.value for side in value.shape]
+    return Entry(str(value.name), f"tensor({kind})", shape)
 
 
 def _with_signature(call: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
