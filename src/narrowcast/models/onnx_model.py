@@ -22,6 +22,7 @@ from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, S
 from narrowcast.models.onnx_exact import Product, write_products
 from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_handover import Codes
+from narrowcast.models.onnx_large import released, spool_for
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
 from narrowcast.models.onnx_prepare import prepare
 from narrowcast.models.onnx_rewrite import with_constant
@@ -61,7 +62,7 @@ class OnnxModel(ModelAdapter):
     def __init__(self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False) -> None:
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
-        model, note = with_opset(read_onnx(source), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        model, note = with_opset(self.original.graph.clone(), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
         if blocked:
             model.ir_version = max(model.ir_version, BLOCKED_IR)
         self.notes = [note] if note else []
@@ -70,7 +71,7 @@ class OnnxModel(ModelAdapter):
         self._found = find_uses(model)
         self._layers = list(find_layers(model, self._found))
         self._uses = {str(use.node.name): use for uses in self._found.values() for use in uses}
-        self._scribe = Scribe(model)
+        self._scribe = Scribe(model, spool_for(model))
         self._shared: dict[str, Any] = {}
         self.codes: dict[str, str] = {}
         self.placement = Placement()
@@ -91,8 +92,9 @@ class OnnxModel(ModelAdapter):
     def weight(self, layer: Layer) -> Tensor:
         """See `ModelAdapter`."""
         use = self._uses[layer.sites[0].path]
-        matrix = KINDS[use.op].matrix(use.weight.const_value.numpy(), use)
-        return torch.from_numpy(np.array(matrix, np.float32, order="C"))
+        matrix = np.array(KINDS[use.op].matrix(use.weight.const_value.numpy(), use), np.float32, order="C")
+        released(use.weight.const_value)
+        return torch.from_numpy(matrix)
 
     def possible(self, layer: Layer, weight: QuantSpec, given: QuantSpec | None) -> Possible:
         """See `ModelAdapter`."""
@@ -188,7 +190,7 @@ class OnnxModel(ModelAdapter):
             listening.setdefault(self.input_value(path), []).append(count)
         watching: Watching | None = None
         for batch in iterate(data, self.model):
-            feeds = feeds_of(self.model.session, self.model.input_names, batch.args, batch.kwargs)
+            feeds = feeds_of(self.model.declared, self.model.input_names, batch.args, batch.kwargs)
             watching = watching or self._watching(list(listening), batch, feeds)
             for name, value in watching.run(feeds):
                 _tell(name, value, listening[name], seen.batches)

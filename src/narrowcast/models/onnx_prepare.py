@@ -13,9 +13,6 @@ from narrowcast.models.onnx_layers import attribute
 from narrowcast.models.onnx_scribe import Scribe
 from narrowcast.transforms import BatchNormStatistics, fold_batchnorm
 
-# Above this the graph is not sent through onnx's shape inference, which copies it.
-_LARGEST_INFERENCE = 2**30
-
 
 def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     """Bring a model into the form that quantizing expects, in place; returns notes.
@@ -58,9 +55,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 def _infer_shapes(model: ir.Model) -> None:
     """Ranks of the values, where onnx can tell; what it cannot tell stays unknown, and nothing depends on it."""
-    size = sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < _LARGEST_INFERENCE:
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 def _array(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from narrowcast.models.onnx_large import hollow
 from narrowcast.models.onnx_session import open_session
 
 # Operators of ONNX Runtime that multiply integers.
@@ -78,9 +79,9 @@ def optimized_graph(model: ir.Model) -> onnx.GraphProto:
     Raises:
         ModelError: ONNX Runtime refuses the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, hollow(model) as copy:
         path = Path(folder) / "optimized.onnx"
-        open_session(model, optimized=path)
+        open_session(copy, optimized=path)
         return onnx.load_model(path, load_external_data=False).graph
 
 

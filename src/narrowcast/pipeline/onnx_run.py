@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.core import PerGroup, QuantSpec, choose_scale
+from narrowcast.core import PerGroup, QuantizedTensor, QuantSpec, choose_scale
 from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import stored_size
@@ -237,6 +237,7 @@ def _solve(job: _Job, *, progress: bool) -> None:
             job.solved[row.layer.name] = solved
             for site in row.layer.sites:
                 _write(job, row, site.path, solved, activation if site in consumers else Activation(), ranges)
+            job.solved[row.layer.name] = replace(solved, record=_without_values(solved.record))  # it is written
             step(row.layer.name)
     adapter.put_ranges(job.static_paths(), ranges)
 
@@ -270,6 +271,12 @@ def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) 
         return None
     stored = solved.record.dequantize()
     return had + analytic_correction(adapter.weight(row.layer), stored, channels, adapter.input_groups(site))
+
+
+def _without_values(record: QuantizedTensor) -> QuantizedTensor:
+    """The same record without the memory of its tensors."""
+    tensors = {name: part.to("meta") for name, part in vars(record).items() if isinstance(part, Tensor)}
+    return replace(record, **tensors)
 
 
 def _scale_and_zero(bounds: tuple[float, float]) -> tuple[float, int]:
