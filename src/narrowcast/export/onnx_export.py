@@ -98,6 +98,14 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     return Exported(Path(path), rows, [*adapter.notes, *notes])
 
 
+def float_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
+    """Write a float module as an ONNX file; arguments and errors are those of `onnx`."""
+    require_onnx()
+    proto = _exported(model, next(iter(iterate(example, model))))
+    files = importlib.import_module("narrowcast.models.onnx_file")
+    files.write_onnx(files.read_onnx(proto), path)
+
+
 def _exported(twin: nn.Module, batch: Batch) -> Any:
     """The float graph, its first dimension open, and the second of inputs that are tokens."""
     if batch.call is not None:

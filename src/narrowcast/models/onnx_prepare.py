@@ -26,6 +26,7 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
         common.InlinePass()(model)
         notes.append("functions of the model were inlined")
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
+    fold_shapes(model)
     _name_nodes(model)
     _infer_shapes(model)
     scribe = Scribe(model)
@@ -40,6 +41,20 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
         notes.append(f"{len(norms) - folded} BatchNorms stay: they follow no convolution that is theirs alone")
     common.RemoveUnusedNodesPass()(model)
     return notes
+
+
+def fold_shapes(model: ir.Model) -> None:
+    """Shapes that are asked of constants become constants, in place: else a float weight stays for its shape alone."""
+    scribe = Scribe(model)
+    for node in list(model.graph.all_nodes()):
+        value = node.outputs[0]
+        asked = node.inputs[0] if node.op_type == "Shape" else None
+        if asked is None or asked.const_value is None or value.is_graph_output():
+            continue
+        sides = list(asked.const_value.shape)[attribute(node, "start", 0) : attribute(node, "end", None)]
+        value.replace_all_uses_with(scribe.constant(np.array(sides, np.int64), f"{value.name}_constant"))
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
 
 
 def _name_nodes(model: ir.Model) -> None:
