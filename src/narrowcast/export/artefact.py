@@ -69,9 +69,9 @@ def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = 
         layers, notes = _export(source, path, example)
         found = path
     model = read_onnx(found)
-    slim(model)
     if form == "qoperator":
-        notes = [*notes, *importlib.import_module("narrowcast.export.onnx_qoperator").to_qoperator(model)]
+        notes += importlib.import_module("narrowcast.export.onnx_qoperator").to_qoperator(model)
+    slim(model)
     write_onnx(model, path)
     return Artefact(path, is_quantized(model), layers, notes)
 

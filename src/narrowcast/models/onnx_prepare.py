@@ -28,7 +28,7 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
     fold_shapes(model)
     _name_nodes(model)
-    _infer_shapes(model)
+    infer_shapes(model)
     scribe = Scribe(model)
     padded = sum(_fold_pad(scribe, node) for node in list(model.graph.all_nodes()) if node.op_type == "Pad")
     if padded:
@@ -69,7 +69,7 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name
 
 
-def _infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model) -> None:
     """Ranks of the values, where onnx can tell; what it cannot tell stays unknown, and nothing depends on it."""
     size = sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
     if size < _LARGEST_INFERENCE:

@@ -150,8 +150,8 @@ class Page {
   verdict({ quantized, float32 }) {
     const [small, large] = this.facts.models;
     const ratio = float32.median / quantized.median;
-    const speed = ratio >= 1 ? `${ratio.toFixed(2)} times as fast as` : `${(1 / ratio).toFixed(2)} times slower than`;
-    at("verdict").textContent = `${small.label}: ${((100 * small.bytes) / large.bytes).toFixed(0)} % of the size, ${speed} ${large.label}.`;
+    const speed = ratio >= 1 ? `${ratio.toFixed(2)} times as fast as` : `and takes ${(1 / ratio).toFixed(2)} times as long as`;
+    at("verdict").textContent = `${small.label}: ${((100 * small.bytes) / large.bytes).toFixed(0)} % of the size, ${speed} ${large.label} on this device.`;
   }
 }
 
