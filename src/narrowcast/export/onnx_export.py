@@ -112,8 +112,19 @@ def _told(model: nn.Module, sources: dict[str, Source]) -> dict[str, Any]:
     return told
 
 
-def _exported(twin: nn.Module, batch: Batch) -> Any:
-    """The float graph, its first dimension open, and the second of inputs that are tokens."""
+def float_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
+    """Write a float module as an ONNX file; arguments and errors are those of `onnx`."""
+    require_onnx()
+    proto = _exported(model, next(iter(iterate(example, model))), optimize=True)
+    files = importlib.import_module("narrowcast.models.onnx_file")
+    files.write_onnx(files.read_onnx(proto), path)
+
+
+def _exported(twin: nn.Module, batch: Batch, *, optimize: bool = False) -> Any:
+    """The float graph, its first dimension open, and the second of inputs that are tokens.
+
+    Optimizing gives weights other names, by which the codes would not be found.
+    """
     if batch.call is not None:
         raise DataError("the example is a callable; pass a batch of inputs, which torch's exporter can see")
     if importlib.util.find_spec("onnxscript") is None:
@@ -131,7 +142,7 @@ def _exported(twin: nn.Module, batch: Batch) -> Any:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                twin, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=False, dynamic_shapes=shapes
+                twin, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=optimize, dynamic_shapes=shapes
             )
         assert program is not None
         return program.model_proto

@@ -25,8 +25,9 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
         common.InlinePass()(model)
         notes.append("functions of the model were inlined")
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
+    fold_shapes(model)
     _name_nodes(model)
-    _infer_shapes(model)
+    infer_shapes(model)
     scribe = Scribe(model)
     padded = sum(_fold_pad(scribe, node) for node in list(model.graph.all_nodes()) if node.op_type == "Pad")
     if padded:
@@ -41,6 +42,20 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     return notes
 
 
+def fold_shapes(model: ir.Model) -> None:
+    """Shapes that are asked of constants become constants, in place: else a float weight stays for its shape alone."""
+    scribe = Scribe(model)
+    for node in list(model.graph.all_nodes()):
+        value = node.outputs[0]
+        asked = node.inputs[0] if node.op_type == "Shape" else None
+        if asked is None or asked.const_value is None or value.is_graph_output():
+            continue
+        sides = list(asked.const_value.shape)[attribute(node, "start", 0) : attribute(node, "end", None)]
+        value.replace_all_uses_with(scribe.constant(np.array(sides, np.int64), f"{value.name}_constant"))
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+
+
 def _name_nodes(model: ir.Model) -> None:
     taken: set[str] = set()
     for node in model.graph.all_nodes():
@@ -53,7 +68,7 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name
 
 
-def _infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model) -> None:
     """Ranks of the values, where onnx can tell; what it cannot tell stays unknown, and nothing depends on it."""
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
