@@ -22,6 +22,7 @@ from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, S
 from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
 from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_recurrent import Halves
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
 from narrowcast.models.onnx_session import OnnxModule, Watching, feeds_of
 from narrowcast.models.onnx_static import Placement, place, put
@@ -66,9 +67,10 @@ class OnnxModel(ModelAdapter):
         self.model = OnnxModule(model, self.name)
         self._found = find_uses(model)
         self._layers = list(find_layers(model, self._found))
-        self._uses = {str(use.node.name): use for uses in self._found.values() for use in uses}
+        self._uses = {use.path: use for uses in self._found.values() for use in uses}
         self._scribe = Scribe(model)
         self._shared: dict[str, Any] = {}
+        self._halves = Halves()
         self.codes: dict[str, str] = {}
         self.placement = Placement()
 
@@ -223,6 +225,8 @@ class OnnxModel(ModelAdapter):
             self.codes[path] = patterns.rows(scribe, use, record)
         elif mode == "static":
             self._install_static(path, use, module, bias)
+        elif use.op == "LSTM" and mode in ("dynamic", "asymmetric"):
+            self.codes |= self._halves.add(scribe, use, record)
         elif mode in ("dynamic", "asymmetric") and not self._in_blocks(use, record):
             self.codes[path] = patterns.dynamic(scribe, use, record, bias, self._shared)
         elif use.op in ("Gemm", "MatMul") and patterns.block_size(record) is not None:
@@ -254,6 +258,7 @@ class OnnxModel(ModelAdapter):
         """Remove what nothing reads any more."""
         from onnx_ir.passes import common
 
+        self.codes |= dict(self._halves.alone(self._scribe))
         common.RemoveUnusedNodesPass()(self.graph)
         self.graph.graph.sort()
         self.model = OnnxModule(self.graph, self.name)

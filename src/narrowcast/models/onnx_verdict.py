@@ -138,6 +138,9 @@ def _verdict(node: onnx.NodeProto, weights: Mapping[str, int], makers: Mapping[s
 def _why_float(op: str, bits: int, through: list[str], *, coded: bool) -> str:
     if op == "MatMulNBits":
         return "its input is float, as weight-only formats have it; give the rule an input, as dynamic-int8 does"
+    if op == "LSTM" and bits:
+        kind = "dequantized at every run" if "DequantizeLinear" in through else "floats"
+        return f"its weights are {kind}; int8/channel weights with an input make it integer, as in dynamic-int8"
     if op in _NEVER:
         return f"ONNX Runtime has no integer kernel for {op}"
     if not bits:
