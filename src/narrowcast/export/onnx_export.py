@@ -87,7 +87,9 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     proto = _exported(twin, batch)
     blocked = any(s.record.spec.format.bits < 8 or isinstance(s.record.spec.granularity, PerGroup) for s in
                   sources.values())  # fmt: skip
-    adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(proto, blocked=blocked)
+    adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(
+        proto, blocked=blocked, portable=bool(getattr(getattr(quantized, "recipe", None), "portable", False))
+    )
     work = _Work(adapter, sources, {})
     notes = work.write(example)
     adapter.finish()
@@ -177,7 +179,8 @@ class _Work:
                     _static_activation(ranges[self.adapter.placement.source(self.adapter.input_value(site.path))])
                     if site.path in static else Activation(given)
                 )  # fmt: skip
-                self.adapter.install(site.path, built(self.sources[path].record, activation))
+                record = self.adapter.fitting(site.path, self.sources[path].record, activation)
+                self.adapter.install(site.path, built(record, activation))
         self.adapter.put_ranges(static, ranges)
         return notes
 

@@ -21,6 +21,7 @@ from narrowcast.models import onnx_targets as targets
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
 from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
+from narrowcast.models.onnx_portable import Portable
 from narrowcast.models.onnx_prepare import prepare
 from narrowcast.models.onnx_recurrent import Halves
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
@@ -54,9 +55,12 @@ class OnnxModel(ModelAdapter):
         source: path of an .onnx file, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
         fold_batchnorm: whether BatchNorm becomes part of the convolution before it.
         blocked: whether 4-bit or blocked formats will be written, which need opset 21.
+        portable: whether products that saturate on CPUs without VNNI are repaired.
     """
 
-    def __init__(self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False) -> None:
+    def __init__(
+        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: bool = False
+    ) -> None:
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
         model, note = with_opset(read_onnx(source), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
@@ -71,6 +75,7 @@ class OnnxModel(ModelAdapter):
         self._scribe = Scribe(model)
         self._shared: dict[str, Any] = {}
         self._halves = Halves()
+        self.portable = Portable(portable)
         self.codes: dict[str, str] = {}
         self.placement = Placement()
 
@@ -212,6 +217,12 @@ class OnnxModel(ModelAdapter):
         (record,) = weights.values()
         return Written(record, activation)
 
+    def fitting(self, path: str, record: QuantizedTensor, activation: Activation) -> QuantizedTensor:
+        """The record that is to be written at a node: another one where an integer kernel would saturate."""
+        use, mode = self._uses[path], activation.mode
+        kernel = mode == "static" or (mode in ("dynamic", "asymmetric") and use.op != "Conv")
+        return self.portable.look(use, record) if kernel and not self._in_blocks(use, record) else record
+
     def install(self, path: str, module: Written) -> None:
         """Write a quantized weight at one node; static inputs get their Q and DQ from `put_ranges`."""
         use, record, mode = self._uses[path], module.record, module.activation.mode
@@ -259,6 +270,8 @@ class OnnxModel(ModelAdapter):
         from onnx_ir.passes import common
 
         self.codes |= dict(self._halves.alone(self._scribe))
+        self.portable.store_unsigned(self._scribe, self.codes)
+        self.notes += self.portable.notes()
         common.RemoveUnusedNodesPass()(self.graph)
         self.graph.graph.sort()
         self.model = OnnxModule(self.graph, self.name)
