@@ -86,7 +86,9 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     proto = _exported(twin, batch)
     blocked = any(s.record.spec.format.bits < 8 or isinstance(s.record.spec.granularity, PerGroup) for s in
                   sources.values())  # fmt: skip
-    adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(proto, blocked=blocked)
+    adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(
+        proto, blocked=blocked, portable=bool(getattr(getattr(quantized, "recipe", None), "portable", False))
+    )
     work = _Work(adapter, sources, {})
     notes = work.write()
     adapter.graph.metadata_props["narrowcast.layers"] = json.dumps(_told(model, sources))
@@ -197,7 +199,8 @@ class _Work:
                     static[site.path] = source.record, source.activation
                     continue
                 given = Activation(possible.input) if self.adapter.takes_activation(site) else Activation()
-                self.adapter.install(site.path, built(source.record, given))
+                record = self.adapter.fitting(site.path, source.record, given)
+                self.adapter.install(site.path, built(record, given))
         return self._raised(self.adapter.write_products(static))
 
     def _raised(self, raised: dict[str, int]) -> list[str]:

@@ -24,7 +24,9 @@ from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_large import released, spool_for
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
+from narrowcast.models.onnx_portable import Portable
 from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_recurrent import Halves
 from narrowcast.models.onnx_rewrite import with_constant
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
 from narrowcast.models.onnx_session import OnnxModule, Watching, feeds_of
@@ -57,9 +59,12 @@ class OnnxModel(ModelAdapter):
         source: path of an .onnx file, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
         fold_batchnorm: whether BatchNorm becomes part of the convolution before it.
         blocked: whether 4-bit or blocked formats will be written, which need opset 21.
+        portable: whether products that saturate on CPUs without VNNI are repaired.
     """
 
-    def __init__(self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False) -> None:
+    def __init__(
+        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: bool = False
+    ) -> None:
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
         model, note = with_opset(self.original.graph.clone(), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
@@ -70,9 +75,11 @@ class OnnxModel(ModelAdapter):
         self.model = OnnxModule(model, self.name)
         self._found = find_uses(model)
         self._layers = list(find_layers(model, self._found))
-        self._uses = {str(use.node.name): use for uses in self._found.values() for use in uses}
+        self._uses = {use.path: use for uses in self._found.values() for use in uses}
         self._scribe = Scribe(model, spool_for(model))
         self._shared: dict[str, Any] = {}
+        self._halves = Halves()
+        self.portable = Portable(portable)
         self.codes: dict[str, str] = {}
         self.placement = Placement()
 
@@ -233,6 +240,12 @@ class OnnxModel(ModelAdapter):
             patterns.set_bias(self._scribe, self._uses[path], bias)
         self.model = OnnxModule(self.graph, self.name)
 
+    def fitting(self, path: str, record: QuantizedTensor, activation: Activation) -> QuantizedTensor:
+        """The record that is to be written at a node: another one where an integer kernel would saturate."""
+        use, mode = self._uses[path], activation.mode
+        kernel = mode == "static" or (mode in ("dynamic", "asymmetric") and use.op != "Conv")
+        return self.portable.look(use, record) if kernel and not self._in_blocks(use, record) else record
+
     def install(self, path: str, module: Written) -> None:
         """Write a quantized weight at one node; static inputs get their Q and DQ from `put_ranges`."""
         use, record, mode = self._uses[path], module.record, module.activation.mode
@@ -246,6 +259,8 @@ class OnnxModel(ModelAdapter):
             self.codes[path] = patterns.rows(scribe, use, record)
         elif mode == "static":
             self._install_static(path, use, module, bias)
+        elif use.op == "LSTM" and mode in ("dynamic", "asymmetric"):
+            self.codes |= self._halves.add(scribe, use, record)
         elif mode in ("dynamic", "asymmetric") and not self._in_blocks(use, record):
             self.codes[path] = patterns.dynamic(scribe, use, record, bias, self._shared)
         elif use.op in ("Gemm", "MatMul") and patterns.block_size(record) is not None:
@@ -297,6 +312,9 @@ class OnnxModel(ModelAdapter):
         """Remove what nothing reads any more."""
         from onnx_ir.passes import common
 
+        self.codes |= dict(self._halves.alone(self._scribe))
+        self.portable.store_unsigned(self._scribe, self.codes)
+        self.notes += self.portable.notes()
         common.RemoveUnusedNodesPass()(self.graph)
         self.graph.graph.sort()
         self.model = OnnxModule(self.graph, self.name)

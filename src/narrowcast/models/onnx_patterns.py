@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from narrowcast.core import PerGroup, QuantizedTensor
-from narrowcast.models.onnx_layers import KINDS, Use, reads_input_first
+from narrowcast.models.onnx_layers import KINDS, RECURRENT, Use, reads_input_first
 from narrowcast.models.onnx_scribe import MICROSOFT, Scribe, replace_node
 
 Array = Any
@@ -248,17 +248,20 @@ def stored(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
     signed = record.spec.format.low < 0
     four, eight = (ml_dtypes.int4, np.int8) if signed else (ml_dtypes.uint4, np.uint8)
     storage = four if record.spec.format.bits <= 4 else eight
-    if not isinstance(record.spec.granularity, PerGroup):
+    grouped = isinstance(record.spec.granularity, PerGroup)
+    if not grouped and use.op not in RECURRENT:
         value = scribe.constant(kind.restore(codes, use).astype(storage), f"{stem}_quantized")
         parts = _scales(scribe, scale[:, 0], zero[:, 0].astype(storage), stem)
         result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
                                attributes={"axis": kind.axis(use)})  # fmt: skip
     else:
         value = scribe.constant(codes.astype(storage), f"{stem}_quantized")
-        parts = _scales(scribe, scale, zero.astype(storage), stem)
-        size = min(record.spec.granularity.size, codes.shape[1])
+        across = {"axis": 1, "block_size": min(record.spec.granularity.size, codes.shape[1])} if isinstance(
+            record.spec.granularity, PerGroup) else {"axis": 0}  # fmt: skip
+        parts = _scales(scribe, scale if grouped else scale[:, 0], (zero if grouped else zero[:, 0]).astype(storage),
+                        stem)  # fmt: skip
         result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
-                               attributes={"axis": 1, "block_size": size})  # fmt: skip
+                               attributes=across)  # fmt: skip
         result = _from_matrix(scribe, use, result)
     node.replace_input_with(use.index, result)
     return str(value.name)

@@ -10,6 +10,7 @@ import torch
 from onnx_ir.passes import common
 
 from narrowcast.models.onnx_layers import attribute
+from narrowcast.models.onnx_recurrent import fold_weights
 from narrowcast.models.onnx_scribe import Scribe
 from narrowcast.transforms import BatchNormStatistics, fold_batchnorm
 
@@ -29,6 +30,8 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     _name_nodes(model)
     infer_shapes(model)
     scribe = Scribe(model)
+    if arranged := fold_weights(scribe):
+        notes.append(f"weights of {arranged} recurrent nodes were arranged once: the graph did so at every run")
     padded = sum(_fold_pad(scribe, node) for node in list(model.graph.all_nodes()) if node.op_type == "Pad")
     if padded:
         notes.append(f"{padded} paddings with zeros were folded into the convolutions behind them")

@@ -102,7 +102,7 @@ def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
             raise RecipeError(f"rule {rule}: ONNX files have no form for outlier channels; leave out 'outliers:...'")
     specs = [rule.weight for rule in recipe.rules if rule.weight is not None]
     blocked = any(spec.format.bits < 8 or isinstance(spec.granularity, PerGroup) for spec in specs)
-    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked)
+    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=recipe.portable)
 
 
 def plan_onnx(model: Any, recipe: Recipe) -> Plan:
@@ -250,6 +250,7 @@ def _write(
     if path in job.calibration.ranges:
         scale, zero = ranges[adapter.placement.source(adapter.input_value(path))]
         activation = Activation(_STATIC, torch.tensor([scale]), torch.tensor([zero], dtype=torch.uint8))
+    solved = replace(solved, record=adapter.fitting(path, solved.record, activation))
     bias = _corrected_bias(job, row, path, solved)
     if bias is not None:
         job.corrected.add(row.layer.name)
