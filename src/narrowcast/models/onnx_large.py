@@ -63,11 +63,14 @@ def released(tensor: Any) -> None:
 
 @contextmanager
 def hollow(model: ir.Model) -> Iterator[ir.Model]:
-    """A copy of a model in which large constants are zeros: a runtime can open it in little memory.
+    """A model itself, or of one that is large a copy whose large constants are zeros: it opens in little memory.
 
     All of them are the same stretch of one file that has no blocks on disk. Graph optimizers choose kernels by types
     and shapes and by small constants, which are left.
     """
+    if not is_large(stored_size(model)):
+        yield model
+        return
     copy = model.clone()
     large = [v for v in copy.graph.initializers.values() if v.const_value is not None and _spoolable(v.const_value)]
     with tempfile.TemporaryDirectory(prefix="narrowcast.") as folder:

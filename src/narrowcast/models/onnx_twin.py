@@ -18,10 +18,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from narrowcast.models.onnx_cut import cut
 from narrowcast.models.onnx_layers import Use
 from narrowcast.models.onnx_node import NodeSession, read_by
 from narrowcast.models.onnx_ops import DTYPES, OPS
-from narrowcast.models.onnx_cut import cut
 from narrowcast.models.onnx_twin_layers import Made, Parameters, layer_of, norm_of
 
 

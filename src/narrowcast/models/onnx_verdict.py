@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from narrowcast.models.onnx_file import is_large, stored_size
 from narrowcast.models.onnx_large import hollow
 from narrowcast.models.onnx_portable import risk_in_graph
 from narrowcast.models.onnx_session import open_session
@@ -65,7 +66,8 @@ class NodeVerdict:
         integer: whether it multiplies integers.
         bits: of the stored weight; 32 for float32, 0 for a product of two activations.
         reason: why it is float, and what would change that; "" for integers.
-        saturates: what can go wrong on CPUs without VNNI; "" where nothing can.
+        saturates: what can go wrong on CPUs without VNNI; "" where nothing can, or a model is too large to look at its
+            weights.
     """
 
     node: str
@@ -85,7 +87,7 @@ def optimized_graph(model: ir.Model) -> onnx.GraphProto:
     with tempfile.TemporaryDirectory() as folder, hollow(model) as copy:
         path = Path(folder) / "optimized.onnx"
         open_session(copy, optimized=path)
-        return onnx.load_model(path, load_external_data=False).graph
+        return onnx.load_model(path, load_external_data=not is_large(stored_size(model))).graph
 
 
 def kernels_of(graph: onnx.GraphProto, constants: Mapping[str, str]) -> dict[str, Kernel]:
