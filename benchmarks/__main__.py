@@ -16,6 +16,7 @@ BENCHMARKS = (
     "conv",
     "quantizing",
     "low_bits",
+    "onnx",
     "qat",
     "qat_speed",
     "qat_decoder",

@@ -166,6 +166,8 @@ def line(row: Row) -> str:
         return f"{name} failed: {row['failed']}"
     if "stopped" in row:
         return f"{name} stopped after {row['stopped']:g} s"
+    if "milliseconds" in row:
+        return f"{name} {len(row['milliseconds'])} timed, load {row['load_average']:g}"
     low, high = row["interval"]
     return f"{name} {row['score']:.3f} ({row['difference']:+.3f}, {low:+.3f} .. {high:+.3f}), {row['seconds']} s"
 

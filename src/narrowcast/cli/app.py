@@ -13,6 +13,7 @@ from narrowcast.cli.compare import compare
 from narrowcast.cli.console import guarded, installed_version
 from narrowcast.cli.demo import demo
 from narrowcast.cli.doctor import doctor
+from narrowcast.cli.export import export
 from narrowcast.cli.inspect import inspect
 from narrowcast.cli.plan import plan
 from narrowcast.cli.qat import qat
@@ -63,6 +64,7 @@ register("quantize", quantize)
 register("qat", qat)
 register("compare", compare)
 register("verify", verify)
+register("export", export)
 register("inspect", inspect)
 register("bench", bench)
 register("show", show, cls=RangeCommand, context_settings={"ignore_unknown_options": True})  # numbers may be negative

@@ -105,7 +105,11 @@ def _render_nodes(nodes: list[dict[str, Any]]) -> Any:
     made = table("node", "kernel in ONNX Runtime", "product in", "bits", "why", right=("bits",))
     for node in nodes:
         made.add_row(
-            node["node"], node["kernel"], "integers" if node["integer"] else "float", str(node["bits"]), node["reason"]
+            node["node"],
+            node["kernel"],
+            "integers" if node["integer"] else "float",
+            str(node["bits"]),
+            node["reason"] or node["saturates"],
         )
     return made
 

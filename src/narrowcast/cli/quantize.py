@@ -12,6 +12,7 @@ from narrowcast.cli.datasets import (
     DATA_HELP,
     BatchOption,
     DeviationOption,
+    LayoutOption,
     LimitOption,
     MeanOption,
     SideOption,
@@ -23,6 +24,7 @@ from narrowcast.cli.sources import ModelArgument
 from narrowcast.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
+    from narrowcast.pipeline import Quantized
     from narrowcast.report import Report
 
 OutOption = Annotated[
@@ -58,6 +60,7 @@ def quantize(
     mean: MeanOption = "",
     std: DeviationOption = "",
     image_size: SideOption = None,
+    image_layout: LayoutOption = "NCHW",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -73,7 +76,7 @@ def quantize(
     """
     output = Output(as_json=as_json, quiet=quiet)
     check_destinations(out, report, onnx=model.lower().endswith(".onnx"))
-    options = data_options(batch_size, limit, tokenizer, mean, std, image_size)
+    options = data_options(batch_size, limit, tokenizer, mean, std, image_size, image_layout)
     with output.working(f"opening {model}"):
         import narrowcast as nc
         from narrowcast.cli.datasets import open_data
@@ -89,12 +92,18 @@ def quantize(
     )  # fmt: skip
     _check_something_done(result.report, source.kind, model)
     with output.working(f"saving {out}"):
-        nc.save(result, out)
-        if report is not None:
-            result.report.save_json(report)
+        _save(result, out, report)
     output.json({"out": str(out), "report": result.report.to_dict()})
     if not quiet:
         _show(output, result.report, out)
+
+
+def _save(result: Quantized, out: Path, report: Path | None) -> None:
+    import narrowcast as nc
+
+    nc.save(result, out)
+    if report is not None:
+        result.report.save_json(report)
 
 
 def check_destinations(out: Path, report: Path | None, *, onnx: bool = False) -> None:

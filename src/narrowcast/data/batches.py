@@ -11,11 +11,13 @@ it, NaN, something that is no tensor. Knows models only by the signature of `for
     Texts(strings, tokenizer)                     tokenized, padded strings
     list of strings                               the same, with the tokenizer that lies beside the model
     Pairs(first, second, scores)                  what `first` yields, then what `second` yields
+    path of an .npz or .npy file                  32 rows, see `open_arrays`
+    object with `get_next`                        what it returns, until None: ONNX Runtime's CalibrationDataReader
     callable                                      one call `data(model)`, which runs the model as it likes
 
 A tuple's first elements, as many as `forward` has parameters without default (at least one), are inputs and the rest
 are targets. A dictionary's keys are parameters of `forward`; `labels`, `label`, `targets` and `target` are targets.
-A generator can be read only once: `repeatable` tells.
+A generator can be read only once, and so can a reader that cannot be rewound: `repeatable` tells.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
+from narrowcast.data.arrays import open_arrays
 from narrowcast.data.pairs import Pairs
+from narrowcast.data.reader import ReaderBatches, is_reader
 from narrowcast.data.signature import Signature
 from narrowcast.data.texts import Texts, local_tokenizer
 from narrowcast.errors import DataError
@@ -81,6 +86,7 @@ def iterate(data: Any, model: nn.Module) -> Iterator[Batch]:
             samples, NaN or infinity in a floating input (minus infinity is allowed in masks), an unknown dictionary
             key or an input that is no tensor. The message names batch and position.
     """
+    data = opened(data)
     if isinstance(data, Pairs):
         return chain(iterate(data.first, model), iterate(data.second, model))
     if isinstance(data, Texts):
@@ -92,8 +98,35 @@ def iterate(data: Any, model: nn.Module) -> Iterator[Batch]:
     return _checked(_raw_batches(data), data, model)
 
 
+def opened(data: Any) -> Any:
+    """`data`, with a path opened and a calibration reader made iterable; everything else as it is.
+
+    Raises:
+        DataError: the path is of no file of arrays.
+    """
+    if is_reader(data):
+        return ReaderBatches(data)
+    if not isinstance(data, str | Path):
+        return data
+    if Path(data).is_dir():
+        raise DataError(
+            f"data {str(data)!r} is a folder; say how its images become inputs: narrowcast.data.ImageFolder(folder, "
+            "Preprocessing(side=224, mean=(...), std=(...)))"
+        )
+    if Path(data).suffix.lower() not in (".npz", ".npy"):
+        raise DataError(
+            f"data is {_kind(data)}, {str(data)!r}: no data, and of paths only .npz and .npy files are read; pass a "
+            "DataLoader, a list of batches, one tensor or Texts(strings, tokenizer)"
+        )
+    return open_arrays(data)
+
+
 def repeatable(data: Any) -> bool:
     """Whether `data` can be read again: False for generators and other iterators, which are spent after one pass."""
+    if is_reader(data):
+        return ReaderBatches(data).repeatable
+    if isinstance(data, ReaderBatches):
+        return data.repeatable
     if isinstance(data, Pairs):
         return repeatable(data.first) and repeatable(data.second)
     return not isinstance(data, Iterator)

@@ -32,9 +32,15 @@ class Signature:
 
     @classmethod
     def of(cls, model: Any) -> Signature:
-        """The signature of a model's `forward`, or of a plain function; looks through `torch.compile`."""
+        """The signature of a model's `forward`, or of a plain function; looks through `torch.compile`.
+
+        A `forward` with the attribute `input_names` takes these: inputs of ONNX graphs are called `input.1` too, which
+        no parameter can be.
+        """
         model = getattr(model, "_orig_mod", model)
         forward = getattr(model, "forward", model)
+        if (given := getattr(forward, "input_names", None)) is not None:
+            return cls(type(model).__name__, tuple(given), tuple(given), tuple(given), False, False)
         parameters = list(inspect.signature(forward).parameters.values())
         kinds = {parameter.kind for parameter in parameters}
         positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]

@@ -25,12 +25,24 @@ _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 _HASH_CHUNK = 1 << 22
 
 
+def foreign_to_checkpoint(directory: Path) -> list[str] | None:
+    """Names in a directory that are not a checkpoint's; None where it is no checkpoint."""
+    if not (directory / DESCRIPTION).exists():
+        return None
+    return sorted(path.name for path in directory.iterdir() if path.name not in FILES or path.is_dir())
+
+
 @contextmanager
-def staged(directory: Path) -> Iterator[Path]:
+def staged(
+    directory: Path, *, foreign: Callable[[Path], list[str] | None] = foreign_to_checkpoint,
+    what: str = "narrowcast checkpoint",
+) -> Iterator[Path]:  # fmt: skip
     """A fresh directory beside `directory` that takes its place when the block ends, and vanishes when it raises.
 
     Args:
-        directory: where the checkpoint is to be; absent, empty, or a narrowcast checkpoint that is replaced.
+        directory: where the checkpoint is to be; absent, empty, or of the same kind, which is replaced.
+        foreign: tells what in a directory is not of this kind; None where it is not of this kind at all.
+        what: the kind, for messages.
 
     Yields:
         The directory to write into.
@@ -39,14 +51,14 @@ def staged(directory: Path) -> Iterator[Path]:
         CheckpointError: `directory` holds anything that narrowcast did not write, or the disk refuses.
     """
     target = directory.resolve()  # a link to a directory stays a link, the directory behind it is replaced
-    _refuse_foreign(target)
+    refuse_foreign(target, foreign, what)
     token = secrets.token_hex(6)
     staging = target.with_name(f".{target.name}.{token}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        for path in [*staging.iterdir(), staging]:
+        for path in [*staging.rglob("*"), staging]:
             _flush(path)
         _take_place(staging, target, target.with_name(f".{target.name}.{token}.old"))
         _flush(target.parent)
@@ -57,20 +69,20 @@ def staged(directory: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path, foreign: Callable[[Path], list[str] | None], what: str) -> None:
+    """Raise CheckpointError where a directory holds anything that would be lost; arguments as those of `staged`."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise CheckpointError(f"{target}: expected a directory or nothing, there is a file; choose another place")
-    names = {path.name for path in target.iterdir()}
-    if not names:
+    if next(target.iterdir(), None) is None:
         return
-    if DESCRIPTION not in names:
-        raise CheckpointError(f"{target}: is not empty and not a narrowcast checkpoint; choose another directory")
-    foreign = sorted(path.name for path in target.iterdir() if path.name not in FILES or path.is_dir())
-    if foreign:
+    found = foreign(target)
+    if found is None:
+        raise CheckpointError(f"{target}: is not empty and not a {what}; choose another directory")
+    if found:
         raise CheckpointError(
-            f"{target}: the checkpoint there would be replaced, but the directory also holds {foreign[:5]}; "
+            f"{target}: the {what} there would be replaced, but the directory also holds {found[:5]}; "
             "move them away or choose another directory"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.core import PerGroup, QuantSpec, choose_scale
+from narrowcast.core import PerGroup, QuantSpec
 from narrowcast.data import Batch, iterate
 from narrowcast.errors import DataError, ModelError
 from narrowcast.export.onnx_twins import Source, float_twin
-from narrowcast.models import Layer, require_onnx
-from narrowcast.nn import Activation
-from narrowcast.observers import make_observer
+from narrowcast.models import require_onnx
+from narrowcast.nn import Activation, FoldedBatchNorm, FusedActivation
 
 _STATIC = QuantSpec.parse("uint8/tensor")
 
@@ -67,8 +67,7 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     Args:
         quantized: what `nc.quantize` or `nc.qat.convert` returned, or its module.
         path: of the file, ending in .onnx.
-        example: calibration data as `nc.quantize` takes it. Its first batch shows torch's exporter the inputs, and all
-            of it the ranges of the outputs of static convolutions, which only ONNX rounds to 8 bits.
+        example: data as `nc.quantize` takes it, of which the first batch shows torch's exporter the inputs.
 
     Returns:
         What ONNX Runtime runs for every layer, and where it differs.
@@ -87,9 +86,12 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     proto = _exported(twin, batch)
     blocked = any(s.record.spec.format.bits < 8 or isinstance(s.record.spec.granularity, PerGroup) for s in
                   sources.values())  # fmt: skip
-    adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(proto, blocked=blocked)
+    adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(
+        proto, blocked=blocked, portable=bool(getattr(getattr(quantized, "recipe", None), "portable", False))
+    )
     work = _Work(adapter, sources, {})
-    notes = work.write(example)
+    notes = work.write()
+    adapter.graph.metadata_props["narrowcast.layers"] = json.dumps(_told(model, sources))
     adapter.finish()
     verdict = importlib.import_module("narrowcast.models.onnx_verdict")
     kernels = verdict.kernels_of(verdict.optimized_graph(adapter.graph), adapter.codes)
@@ -98,8 +100,33 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     return Exported(Path(path), rows, [*adapter.notes, *notes])
 
 
-def _exported(twin: nn.Module, batch: Batch) -> Any:
-    """The float graph, its first dimension open, and the second of inputs that are tokens."""
+def _told(model: nn.Module, sources: dict[str, Source]) -> dict[str, Any]:
+    """What the file's metadata says of every layer: formats as in the recipe, and the module that gives its output."""
+    ends = {m.convolution: path for path, m in model.named_modules() if isinstance(m, FoldedBatchNorm)}
+    ends |= {m.linear: path for path, m in model.named_modules() if isinstance(m, FusedActivation)}
+    told = {}
+    for path, source in sources.items():
+        given = source.activation.spec
+        told[path] = {
+            "spec": str(source.record.spec), "input": "" if given is None else str(given), "end": ends.get(path, ""),
+            "behind": source.behind,
+        }  # fmt: skip
+    return told
+
+
+def float_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
+    """Write a float module as an ONNX file; arguments and errors are those of `onnx`."""
+    require_onnx()
+    proto = _exported(model, next(iter(iterate(example, model))), optimize=True)
+    files = importlib.import_module("narrowcast.models.onnx_file")
+    files.write_onnx(files.read_onnx(proto), path)
+
+
+def _exported(twin: nn.Module, batch: Batch, *, optimize: bool = False) -> Any:
+    """The float graph, its first dimension open, and the second of inputs that are tokens.
+
+    Optimizing gives weights other names, by which the codes would not be found.
+    """
     if batch.call is not None:
         raise DataError("the example is a callable; pass a batch of inputs, which torch's exporter can see")
     if importlib.util.find_spec("onnxscript") is None:
@@ -117,7 +144,7 @@ def _exported(twin: nn.Module, batch: Batch) -> Any:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                twin, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=False, dynamic_shapes=shapes
+                twin, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=optimize, dynamic_shapes=shapes
             )
         assert program is not None
         return program.model_proto
@@ -148,65 +175,40 @@ class _Work:
     sources: dict[str, Source]
     done: dict[str, tuple[list[str], str]]
 
-    def write(self, example: Any) -> list[str]:
+    def write(self) -> list[str]:
         """Install every weight that is found; returns notes."""
         found = {site.parameter: layer for layer in self.adapter.layers() for site in layer.sites}
-        planned: list[tuple[str, Layer, Any]] = []
+        built = importlib.import_module("narrowcast.models.onnx_model").Written
+        static: dict[str, tuple[Any, Activation]] = {}
         for path, source in self.sources.items():
             layer = found.get(f"{path}.weight" if path else "weight")
             if layer is None or layer.reason or layer.type == "Parameter":
                 why = "torch's exporter left no weight of this name" if layer is None else layer.reason
                 self.done[path] = ([], f"float: {why}")
                 continue
-            given = source.activation.spec
-            possible = self.adapter.possible(layer, source.record.spec, given)
+            possible = self.adapter.possible(layer, source.record.spec, source.activation.spec)
             if possible.weight is None:
                 self.done[path] = ([], f"float: {possible.reason}")
                 continue
-            self.done[path] = ([site.path for site in layer.sites], "; ".join(
-                part for part in (source.note, possible.fallback, "" if source.note else possible.reason) if part
+            exact = possible.input == _STATIC and source.activation.scale is not None
+            self.done[path] = ([site.path for site in layer.sites], possible.fallback or "" if exact else "; ".join(
+                part for part in (possible.fallback, possible.reason) if part
             ))  # fmt: skip
-            planned.append((path, layer, possible.input))
-        static = [site.path for path, layer, given in planned for site in layer.sites
-                  if given == _STATIC and self.sources[path].activation.scale is not None]  # fmt: skip
-        ranges, notes = self._ranges(static, example)
-        built = importlib.import_module("narrowcast.models.onnx_model").Written
-        for path, layer, given in planned:
             for site in layer.sites:
-                activation = Activation() if given is None or not self.adapter.takes_activation(site) else (
-                    _static_activation(ranges[self.adapter.placement.source(self.adapter.input_value(site.path))])
-                    if site.path in static else Activation(given)
-                )  # fmt: skip
-                self.adapter.install(site.path, built(self.sources[path].record, activation))
-        self.adapter.put_ranges(static, ranges)
-        return notes
+                if exact and self.adapter.takes_activation(site):
+                    static[site.path] = source.record, source.activation
+                    continue
+                given = Activation(possible.input) if self.adapter.takes_activation(site) else Activation()
+                record = self.adapter.fitting(site.path, source.record, given)
+                self.adapter.install(site.path, built(record, given))
+        return self._raised(self.adapter.write_products(static))
 
-    def _ranges(self, static: list[str], example: Any) -> tuple[dict[str, tuple[float, int]], list[str]]:
-        """Scale and zero point of every value with a range: of inputs the modules', of others from the example."""
-        if not static:
-            return {}, []
-        names = self.adapter.place_ranges(static)
-        known: dict[str, tuple[float, int]] = {}
-        for path, (sites, _) in self.done.items():
-            activation = self.sources[path].activation
-            for site in set(sites) & set(static):
-                assert activation.scale is not None and activation.zero_point is not None
-                source = self.adapter.placement.source(self.adapter.input_value(site))
-                known.setdefault(source, (float(activation.scale), int(activation.zero_point)))
-        missing = {name: make_observer("minmax") for name in names if name not in known}
-        if not missing:
-            return known, []
-        self.adapter.observe(example, {}, {name: [observer.update] for name, observer in missing.items()})
-        for name, observer in missing.items():
-            low, high = observer.range()
-            scale, zero = choose_scale(torch.tensor([[low]]), torch.tensor([[high]]), _STATIC)
-            assert zero is not None
-            known[name] = (float(scale), int(zero))
-        note = (
-            f"{len(missing)} outputs are rounded to 8 bits, as ONNX Runtime's integer kernels have it; their ranges "
-            "are those of the example"
-        )
-        return known, [note]
+    def _raised(self, raised: dict[str, int]) -> list[str]:
+        """Notes on channels whose bias does not fit into int32 in the scale of the sums."""
+        return [
+            f"{path}: {count} channels have larger scales, so that their bias fits into int32; their weights are small "
+            "beside it" for path, count in raised.items()
+        ]  # fmt: skip
 
     def row(self, path: str, kernels: Any) -> ExportedLayer:
         """What became of one module."""
@@ -217,8 +219,3 @@ class _Work:
         if runs and spec.format.is_cast:
             kernel = "cast when loading, product in float"
         return ExportedLayer(path, str(spec), kernel, bool(runs) and all(run.integer for run in runs), note)
-
-
-def _static_activation(range_: tuple[float, int]) -> Activation:
-    scale, zero = range_
-    return Activation(_STATIC, torch.tensor([scale]), torch.tensor([zero], dtype=torch.uint8))

@@ -9,20 +9,15 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from narrowcast.core import PerGroup, QuantizedTensor, QuantSpec, choose_scale
+from narrowcast.core import PerGroup, QuantizedTensor
 from narrowcast.errors import ModelError
 from narrowcast.kernels.reference_linear import FUSED
-from narrowcast.methods import Rtn
 from narrowcast.models.modules import replace_everywhere_
 from narrowcast.nn import Activation, QuantizedConv, QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from narrowcast.nn.integer_graph import unfuse_
-
-_STATIC = QuantSpec.parse("uint8/tensor")
-_INT8 = QuantSpec.parse("int8/channel")
 
 
 @dataclass(frozen=True)
@@ -31,15 +26,15 @@ class Source:
 
     Args:
         record: its weight.
-        activation: treatment of its input, with one range where static.
+        activation: treatment of its input.
         kind: "Linear", "Conv" or "Embedding".
-        note: where the numbers are not those of the module, why; "" where they are.
+        behind: the activation function that the module has taken in, "none" where there is none.
     """
 
     record: QuantizedTensor
     activation: Activation
     kind: str
-    note: str = ""
+    behind: str = "none"
 
 
 class _Linear(nn.Module):
@@ -123,25 +118,9 @@ def _source(module: Any, kind: str) -> Source:
     record = module.quantized_weights()["weight"]
     if kind == "Embedding":
         return Source(record, Activation(), kind)
-    activation, note = module.input_ranges(), ""
-    if activation.scale is not None and activation.scale.numel() > 1:
-        weight = module.weight.detach()
-        matrix = module.shape.to_matrix(weight) if kind == "Conv" else weight
-        record, activation = Rtn().quantize(matrix.float(), _INT8), _one_range(activation)
-        note = "one range for all channels of the input, as ONNX has it, so the weight was rounded again"
     if kind == "Conv" and module.shape.transposed and not isinstance(record.spec.granularity, PerGroup):
         record = _turned(record, module)
-    return Source(record, activation, kind, note)
-
-
-def _one_range(activation: Activation) -> Activation:
-    """A static range per channel as one that covers all."""
-    assert activation.scale is not None and activation.zero_point is not None
-    zero = activation.zero_point.float()
-    low, high = (-zero * activation.scale).min(), ((activation.code_high - zero) * activation.scale).max()
-    scale, zero_point = choose_scale(low.view(1, 1), high.view(1, 1), _STATIC)
-    assert zero_point is not None
-    return Activation(_STATIC, scale.view(1), zero_point.view(1).to(torch.uint8))
+    return Source(record, module.input_ranges(), kind, getattr(module, "fused", "none"))
 
 
 def _turned(record: QuantizedTensor, module: QuantizedConv) -> QuantizedTensor:

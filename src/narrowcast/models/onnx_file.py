@@ -18,9 +18,12 @@ from google.protobuf.message import DecodeError, EncodeError
 from narrowcast.errors import CheckpointError, ModelError
 from narrowcast.models.onnx_source import is_onnx_module
 
-# A protobuf message cannot be larger; what is near goes into a file of weights beside it.
-_LARGEST_MESSAGE = 2**31 - 2**24
+# Above this, constants are not held in memory together, and go into a file of their own beside a saved model. A message
+# can have twice as many bytes, but whoever reads or writes one holds it two or three times.
+LARGE = 2**30
 _SMALLEST_EXTERNAL = 1024
+# Tags of protobuf: ModelProto.graph is field 7, GraphProto.initializer 5, TensorProto.raw_data 9, each with a length.
+_GRAPH_FIELD, _INITIALIZER_FIELD, _RAW_DATA_FIELD = b"\x3a", b"\x2a", b"\x4a"
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -145,13 +148,18 @@ def _check_external(model: ir.Model, path: Path) -> None:
         tensor.base_dir = str(folder)
 
 
+def is_large(size: int) -> bool:
+    """Whether constants of so many bytes stay out of memory."""
+    return size > LARGE
+
+
 def stored_size(model: ir.Model) -> int:
     """Bytes of all constants."""
     return sum(int(tensor.nbytes) for tensor in tensors_of(model))
 
 
 def write_onnx(model: ir.Model, path: str | Path) -> list[Path]:
-    """Write a model; what is too large for one message has its weights in `<name>.data` beside it.
+    """Write a model, constant by constant; above a gigabyte these are in `<name>.data` beside it.
 
     Returns:
         The files written.
@@ -162,15 +170,64 @@ def write_onnx(model: ir.Model, path: str | Path) -> list[Path]:
     target = Path(path)
     if not target.absolute().parent.is_dir() or target.is_dir():
         raise CheckpointError(f"{target}: no file can be written there; name one in a folder that exists")
-    large = stored_size(model) > _LARGEST_MESSAGE
-    data = f"{target.name}.data" if large else None
+    data = f"{target.name}.data" if is_large(stored_size(model)) else None
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
-            # the weights of a copy: saving makes the tensors of its argument external for the time
-            ir.save(model, Path(folder) / target.name, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
+            beside = Path(folder) / target.name
+            if data is None:
+                _write_message(model, beside)
+            else:
+                # the weights of a copy: saving makes the tensors of its argument external for the time
+                ir.save(model, beside, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
             names = ([data] if data is not None else []) + [target.name]
             for name in names:
                 (Path(folder) / name).replace(target.absolute().parent / name)
     except (OSError, EncodeError, ValueError) as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from None
     return [target.absolute().parent / name for name in names]
+
+
+def _write_message(model: ir.Model, path: Path) -> None:
+    """One protobuf message, written piece by piece: constants are copied from where they are, and never held together.
+
+    Fields of a message may come in any order: the graph's constants follow what is left of the graph without them.
+    """
+    rest = model.clone()
+    constants = rest.graph.initializers
+    taken = {name: v.const_value for name, v in constants.items() if v.const_value is not None and _is_numbers(v)}
+    for name in taken:
+        del constants[name]
+    proto = ir.to_proto(rest)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    heads = {name: _tensor_head(tensor) for name, tensor in taken.items()}
+    sizes = {name: len(heads[name]) + int(tensor.nbytes) for name, tensor in taken.items()}
+    whole = len(graph) + sum(1 + len(_varint(size)) + size for size in sizes.values())
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString() + _GRAPH_FIELD + _varint(whole) + graph)
+        for name, tensor in taken.items():
+            file.write(_INITIALIZER_FIELD + _varint(sizes[name]) + heads[name])
+            file.flush()
+            tensor.tofile(file)
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+
+
+def _is_numbers(value: ir.Value) -> bool:
+    tensor: Any = value.const_value
+    return bool(tensor.dtype != ir.DataType.STRING)
+
+
+def _tensor_head(tensor: Any) -> bytes:
+    """A TensorProto up to its bytes."""
+    proto = onnx.TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=[int(side) for side in tensor.shape])
+    return bytes(proto.SerializeToString()) + _RAW_DATA_FIELD + _varint(int(tensor.nbytes))
+
+
+def _varint(number: int) -> bytes:
+    """A whole number as protobuf writes it: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])

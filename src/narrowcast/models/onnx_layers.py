@@ -16,7 +16,7 @@ import onnx_ir as ir
 from narrowcast.models.base import Layer, Site
 
 Array = Any
-_RECURRENT = ("LSTM", "GRU", "RNN")
+RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,21 @@ class Use:
         return str(self.node.op_type)
 
     @property
+    def path(self) -> str:
+        """The node's name; for a recurrent node, which has two weights, with the one that is meant."""
+        name = str(self.node.name)
+        return f"{name}.{self.parameter}" if self.op in RECURRENT else name
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in the model; of a recurrent node what PyTorch calls it."""
+        return {1: "weight_ih_l0", 2: "weight_hh_l0"}[self.index] if self.op in RECURRENT else str(self.weight.name)
+
+    @property
     def input(self) -> Any:
-        """The value that the weight multiplies; the indices of a lookup."""
+        """The value that the weight multiplies; the indices of a lookup; None for hidden states, which no one sees."""
+        if self.op in RECURRENT and self.index > 1:
+            return None
         return self.node.inputs[1 if self.op == "Gather" else 0]
 
     @property
@@ -134,6 +147,23 @@ def _refuse_deconvolution(use: Use) -> str:
     return "its weight is transposed" if use.transposed else ""
 
 
+def _refuse_recurrent(use: Use) -> str:
+    if attribute(use.node, "layout", 0) != 0:
+        return f"{use.op} with layout 1 has no kernel in ONNX Runtime"
+    return "its weight is transposed" if use.transposed else ""
+
+
+def _recurrent(op: str) -> Kind:
+    return Kind(
+        lambda rank: op,
+        1,
+        _refuse_recurrent,
+        lambda array, use: array.reshape(-1, array.shape[-1]),
+        lambda matrix, use: matrix.reshape(_shape(use)),
+        lambda use: 1,
+    )
+
+
 def _across(array: Array, use: Use) -> Array:
     return array.T if _input_first(use) else array
 
@@ -167,6 +197,8 @@ KINDS: dict[str, Kind] = {
     ),
     "Gemm": _PRODUCT,
     "MatMul": _PRODUCT,
+    "LSTM": _recurrent("LSTM"),
+    "GRU": _recurrent("GRU"),
     "Gather": Kind(
         lambda rank: "Embedding",
         0,
@@ -205,17 +237,16 @@ def find_uses(model: ir.Model) -> dict[str, list[Use]]:
     names: dict[int, str] = {}
     for node in model.graph.all_nodes():
         kind = KINDS.get(node.op_type) if node.domain == "" else None
-        if kind is None or len(node.inputs) <= kind.index:
-            continue
-        weight, transposed = constant_of(node.inputs[kind.index])
-        if weight is None or weight.const_value.dtype != ir.DataType.FLOAT or len(weight.const_value.shape) < 2:
-            continue
-        key = names.get(id(weight)) or str(weight.name)
-        while id(weight) not in names and key in found:
-            key += "'"
-        names[id(weight)] = key
-        use = Use(node, weight, kind.index, transposed, node.graph is not model.graph)
-        found.setdefault(key, []).append(use)
+        indices = () if kind is None else (1, 2) if node.op_type in RECURRENT else (kind.index,)
+        for index in indices:
+            weight, transposed = constant_of(node.inputs[index] if len(node.inputs) > index else None)
+            if weight is None or weight.const_value.dtype != ir.DataType.FLOAT or len(weight.const_value.shape) < 2:
+                continue
+            key = names.get(id(weight)) or str(weight.name)
+            while id(weight) not in names and key in found:
+                key += "'"
+            names[id(weight)] = key
+            found.setdefault(key, []).append(Use(node, weight, index, transposed, node.graph is not model.graph))
     return found
 
 
@@ -252,7 +283,8 @@ def _layer(key: str, uses: list[Use], vocabularies: set[int]) -> Layer:
         role = "embedding" if types == {"Embedding"} else "tied"
     elif types == {"Linear"} and matrix[0] in vocabularies:
         role = "head"
-    sites = tuple(Site(str(use.node.name), key, KINDS[use.op].type(len(shape))) for use in uses)
+    sites = tuple(Site(use.path, use.parameter if use.op in RECURRENT else key, KINDS[use.op].type(len(shape)))
+                  for use in uses)  # fmt: skip
     return Layer(layer_name(first), kind.type(len(shape)), matrix, sites, role, reason, 4 * prod(shape))
 
 
@@ -274,12 +306,16 @@ def _matrix_shape(use: Use) -> tuple[int, ...]:
         return shape[::-1] if _input_first(use) else shape
     if use.op == "ConvTranspose":
         return shape[1], shape[0] * prod(shape[2:])
+    if use.op in RECURRENT:
+        return prod(shape[:-1]), shape[-1]
     return shape[0], prod(shape[1:])
 
 
 def layer_name(use: Use) -> str:
     """The weight's name where the exporter kept the module's, else the node's."""
     name = str(use.weight.name)
+    if use.op in RECURRENT:
+        return use.path
     if "::" in name or name.startswith(("val_", "/")) or not any(part.isalpha() for part in name.split(".")):
         return str(use.node.name)
     return name.removesuffix(".weight")
@@ -301,8 +337,10 @@ def _parameters(model: ir.Model, uses: dict[str, list[Use]]) -> Iterator[Layer]:
 
 def why_not(readers: list[str], shape: tuple[int, ...]) -> str:
     """Why a constant read by these operators is no layer."""
-    if any(reader in _RECURRENT for reader in readers):
-        return f"{' and '.join(readers)}: no QDQ form of recurrent nodes has an integer kernel in ONNX Runtime"
+    if "RNN" in readers:
+        return "RNN has no integer kernel in ONNX Runtime"
+    if any(reader in RECURRENT for reader in readers):
+        return f"a bias, a state or peepholes of {' and '.join(readers)}"
     if not readers:
         return "no node reads it"
     if prod(shape) == max(shape, default=0):

@@ -19,9 +19,15 @@ from narrowcast.errors import DataError
 from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models import onnx_targets as targets
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
+from narrowcast.models.onnx_exact import Product, write_products
 from narrowcast.models.onnx_file import read_onnx
+from narrowcast.models.onnx_handover import Codes
+from narrowcast.models.onnx_large import released, spool_for
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
+from narrowcast.models.onnx_portable import Portable
 from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_recurrent import Halves
+from narrowcast.models.onnx_rewrite import with_constant
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
 from narrowcast.models.onnx_session import OnnxModule, Watching, feeds_of
 from narrowcast.models.onnx_static import Placement, place, put
@@ -53,12 +59,15 @@ class OnnxModel(ModelAdapter):
         source: path of an .onnx file, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
         fold_batchnorm: whether BatchNorm becomes part of the convolution before it.
         blocked: whether 4-bit or blocked formats will be written, which need opset 21.
+        portable: whether products that saturate on CPUs without VNNI are repaired.
     """
 
-    def __init__(self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False) -> None:
+    def __init__(
+        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: bool = False
+    ) -> None:
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
-        model, note = with_opset(read_onnx(source), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        model, note = with_opset(self.original.graph.clone(), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
         if blocked:
             model.ir_version = max(model.ir_version, BLOCKED_IR)
         self.notes = [note] if note else []
@@ -66,9 +75,11 @@ class OnnxModel(ModelAdapter):
         self.model = OnnxModule(model, self.name)
         self._found = find_uses(model)
         self._layers = list(find_layers(model, self._found))
-        self._uses = {str(use.node.name): use for uses in self._found.values() for use in uses}
-        self._scribe = Scribe(model)
+        self._uses = {use.path: use for uses in self._found.values() for use in uses}
+        self._scribe = Scribe(model, spool_for(model))
         self._shared: dict[str, Any] = {}
+        self._halves = Halves()
+        self.portable = Portable(portable)
         self.codes: dict[str, str] = {}
         self.placement = Placement()
 
@@ -88,8 +99,9 @@ class OnnxModel(ModelAdapter):
     def weight(self, layer: Layer) -> Tensor:
         """See `ModelAdapter`."""
         use = self._uses[layer.sites[0].path]
-        matrix = KINDS[use.op].matrix(use.weight.const_value.numpy(), use)
-        return torch.from_numpy(np.array(matrix, np.float32, order="C"))
+        matrix = np.array(KINDS[use.op].matrix(use.weight.const_value.numpy(), use), np.float32, order="C")
+        released(use.weight.const_value)
+        return torch.from_numpy(matrix)
 
     def possible(self, layer: Layer, weight: QuantSpec, given: QuantSpec | None) -> Possible:
         """See `ModelAdapter`."""
@@ -185,7 +197,7 @@ class OnnxModel(ModelAdapter):
             listening.setdefault(self.input_value(path), []).append(count)
         watching: Watching | None = None
         for batch in iterate(data, self.model):
-            feeds = feeds_of(self.model.session, self.model.input_names, batch.args, batch.kwargs)
+            feeds = feeds_of(self.model.declared, self.model.input_names, batch.args, batch.kwargs)
             watching = watching or self._watching(list(listening), batch, feeds)
             for name, value in watching.run(feeds):
                 _tell(name, value, listening[name], seen.batches)
@@ -210,12 +222,36 @@ class OnnxModel(ModelAdapter):
         (record,) = weights.values()
         return Written(record, activation)
 
+    def uses(self) -> list[Use]:
+        """Every weight with a node that reads it, in the order of the nodes."""
+        return list(self._uses.values())
+
+    def rewrite(self, path: str, array: Any, bias: Any) -> None:
+        """Give a node another float weight and bias.
+
+        Args:
+            path: of the node.
+            array: in the layout of its constant; None leaves it.
+            bias: [out] float32; None leaves it.
+        """
+        if array is not None:
+            self._uses[path] = with_constant(self._scribe, self._uses[path], array)
+        if bias is not None:
+            patterns.set_bias(self._scribe, self._uses[path], bias)
+        self.model = OnnxModule(self.graph, self.name)
+
+    def fitting(self, path: str, record: QuantizedTensor, activation: Activation) -> QuantizedTensor:
+        """The record that is to be written at a node: another one where an integer kernel would saturate."""
+        use, mode = self._uses[path], activation.mode
+        kernel = mode == "static" or (mode in ("dynamic", "asymmetric") and use.op != "Conv")
+        return self.portable.look(use, record) if kernel and not self._in_blocks(use, record) else record
+
     def install(self, path: str, module: Written) -> None:
         """Write a quantized weight at one node; static inputs get their Q and DQ from `put_ranges`."""
         use, record, mode = self._uses[path], module.record, module.activation.mode
         scribe = self._scribe
         bias = use.bias_array if module.bias is None else np.asarray(module.bias, np.float32)
-        if module.bias is not None and use.op in ("MatMul", "ConvTranspose"):
+        if module.bias is not None:
             patterns.set_bias(scribe, use, bias)
         if record.spec.format.is_cast:
             self.codes[path] = patterns.cast(scribe, use, record)
@@ -223,6 +259,8 @@ class OnnxModel(ModelAdapter):
             self.codes[path] = patterns.rows(scribe, use, record)
         elif mode == "static":
             self._install_static(path, use, module, bias)
+        elif use.op == "LSTM" and mode in ("dynamic", "asymmetric"):
+            self.codes |= self._halves.add(scribe, use, record)
         elif mode in ("dynamic", "asymmetric") and not self._in_blocks(use, record):
             self.codes[path] = patterns.dynamic(scribe, use, record, bias, self._shared)
         elif use.op in ("Gemm", "MatMul") and patterns.block_size(record) is not None:
@@ -250,10 +288,33 @@ class OnnxModel(ModelAdapter):
         nodes = [self._uses[path].node for path in paths]
         put(self._scribe, self.graph.graph, self.placement, nodes, ranges)
 
+    def write_products(self, products: Mapping[str, tuple[QuantizedTensor, Activation]]) -> dict[str, int]:
+        """Write static products with the very codes of their weights, and the Q and DQ nodes between them.
+
+        Args:
+            products: by the node's name, the weight and the ranges of the input, one or one per channel.
+
+        Returns:
+            By name, how many channels have other codes, since their bias would not fit into int32.
+        """
+        found = {path: self._product(path, *given) for path, given in products.items()}
+        stored, raised = write_products(self._scribe, self.graph.graph, found)
+        self.codes |= stored
+        return raised
+
+    def _product(self, path: str, record: QuantizedTensor, activation: Activation) -> Product:
+        use = self._uses[path]
+        scale, zero = activation.scale, activation.zero_point
+        assert scale is not None and zero is not None
+        return Product(use, record, Codes.of(scale.numpy(), zero.numpy(), 1 if use.op == "Conv" else -1))
+
     def finish(self) -> None:
         """Remove what nothing reads any more."""
         from onnx_ir.passes import common
 
+        self.codes |= dict(self._halves.alone(self._scribe))
+        self.portable.store_unsigned(self._scribe, self.codes)
+        self.notes += self.portable.notes()
         common.RemoveUnusedNodesPass()(self.graph)
         self.graph.graph.sort()
         self.model = OnnxModule(self.graph, self.name)

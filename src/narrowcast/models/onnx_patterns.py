@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from narrowcast.core import PerGroup, QuantizedTensor
-from narrowcast.models.onnx_layers import KINDS, Use, reads_input_first
+from narrowcast.models.onnx_layers import KINDS, RECURRENT, Use, reads_input_first
 from narrowcast.models.onnx_scribe import MICROSOFT, Scribe, replace_node
 
 Array = Any
@@ -98,11 +98,29 @@ def _scales(scribe: Scribe, scale: Array, zero: Array, stem: str) -> list[ir.Val
 
 
 def set_bias(scribe: Scribe, use: Use, bias: Array) -> None:
-    """Give a node, or the Add behind it, another float bias."""
+    """Give a node, or the Add behind it, another float bias; a product without an Add gets one."""
     node, index = use.adder
+    if node is None:
+        return _add_bias(scribe, use, bias)
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, scribe.constant(bias.astype(np.float32), f"{use.weight.name}_bias"))
+    return None
+
+
+def _add_bias(scribe: Scribe, use: Use, bias: Array) -> None:
+    product = use.node.outputs[0]
+    readers, name = list(product.uses()), product.name
+    assert use.node.graph is not None
+    parts = [product, scribe.constant(bias.astype(np.float32), f"{use.weight.name}_bias")]
+    added = scribe.after(product, use.node.graph, "Add", parts, f"{use.node.name}_bias_Add")
+    added.shape, added.type = product.shape, product.type
+    for reader, index in readers:
+        reader.replace_input_with(index, added)
+    if product.is_graph_output():
+        outputs = use.node.graph.outputs
+        outputs[outputs.index(product)] = added
+        product.name, added.name = f"{name}_without_bias", name
 
 
 def _static_bias(scribe: Scribe, use: Use, bias: Array, scale: Array) -> None:
@@ -230,17 +248,20 @@ def stored(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
     signed = record.spec.format.low < 0
     four, eight = (ml_dtypes.int4, np.int8) if signed else (ml_dtypes.uint4, np.uint8)
     storage = four if record.spec.format.bits <= 4 else eight
-    if not isinstance(record.spec.granularity, PerGroup):
+    grouped = isinstance(record.spec.granularity, PerGroup)
+    if not grouped and use.op not in RECURRENT:
         value = scribe.constant(kind.restore(codes, use).astype(storage), f"{stem}_quantized")
         parts = _scales(scribe, scale[:, 0], zero[:, 0].astype(storage), stem)
         result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
                                attributes={"axis": kind.axis(use)})  # fmt: skip
     else:
         value = scribe.constant(codes.astype(storage), f"{stem}_quantized")
-        parts = _scales(scribe, scale, zero.astype(storage), stem)
-        size = min(record.spec.granularity.size, codes.shape[1])
+        across = {"axis": 1, "block_size": min(record.spec.granularity.size, codes.shape[1])} if isinstance(
+            record.spec.granularity, PerGroup) else {"axis": 0}  # fmt: skip
+        parts = _scales(scribe, scale if grouped else scale[:, 0], (zero if grouped else zero[:, 0]).astype(storage),
+                        stem)  # fmt: skip
         result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
-                               attributes={"axis": 1, "block_size": size})  # fmt: skip
+                               attributes=across)  # fmt: skip
         result = _from_matrix(scribe, use, result)
     node.replace_input_with(use.index, result)
     return str(value.name)
@@ -285,10 +306,10 @@ def rows(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
 
 
 def cast(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
-    """The weight in a 16-bit float, cast to float32 in front of the node; ONNX Runtime does so once, when loading."""
+    """The weight in a float format, cast to float32 in front of the node; ONNX Runtime does so once, when loading."""
     kind, stem = KINDS[use.op], str(use.weight.name)
     name = record.spec.format.name
-    storage = np.float16 if name == "fp16" else ml_dtypes.bfloat16
+    storage = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}[name]
     array = kind.restore(record.dequantize().numpy(), use).astype(storage)
     value = scribe.constant(array, f"{stem}_{name}")
     result = scribe.before(use.node, "Cast", [value], f"{stem}_Cast", attributes={"to": 1})

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 
 from narrowcast.models.onnx_layers import attribute
+from narrowcast.models.onnx_recurrent import fold_weights
 from narrowcast.models.onnx_scribe import Scribe
-
-# Above this the graph is not sent through onnx's shape inference, which copies it.
-_LARGEST_INFERENCE = 2**30
+from narrowcast.transforms import BatchNormStatistics, fold_batchnorm
 
 
 def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
@@ -26,20 +26,37 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
         common.InlinePass()(model)
         notes.append("functions of the model were inlined")
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
+    fold_shapes(model)
     _name_nodes(model)
-    _infer_shapes(model)
+    infer_shapes(model)
     scribe = Scribe(model)
+    if arranged := fold_weights(scribe):
+        notes.append(f"weights of {arranged} recurrent nodes were arranged once: the graph did so at every run")
     padded = sum(_fold_pad(scribe, node) for node in list(model.graph.all_nodes()) if node.op_type == "Pad")
     if padded:
         notes.append(f"{padded} paddings with zeros were folded into the convolutions behind them")
     norms = [node for node in model.graph.all_nodes() if node.op_type == "BatchNormalization" and fold_batchnorm]
     folded = sum(_fold_norm(scribe, node) for node in norms)
     if folded:
-        notes.append(f"{folded} BatchNorms were folded into the convolutions before them")
+        notes.append(f"{folded} BatchNorms were folded into the layers before them")
     if len(norms) > folded:
-        notes.append(f"{len(norms) - folded} BatchNorms stay: they follow no convolution that is theirs alone")
+        notes.append(f"{len(norms) - folded} BatchNorms stay: they follow no layer that is theirs alone")
     common.RemoveUnusedNodesPass()(model)
     return notes
+
+
+def fold_shapes(model: ir.Model) -> None:
+    """Shapes that are asked of constants become constants, in place: else a float weight stays for its shape alone."""
+    scribe = Scribe(model)
+    for node in list(model.graph.all_nodes()):
+        value = node.outputs[0]
+        asked = node.inputs[0] if node.op_type == "Shape" else None
+        if asked is None or asked.const_value is None or value.is_graph_output():
+            continue
+        sides = list(asked.const_value.shape)[attribute(node, "start", 0) : attribute(node, "end", None)]
+        value.replace_all_uses_with(scribe.constant(np.array(sides, np.int64), f"{value.name}_constant"))
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -54,11 +71,9 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name
 
 
-def _infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model) -> None:
     """Ranks of the values, where onnx can tell; what it cannot tell stays unknown, and nothing depends on it."""
-    size = sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < _LARGEST_INFERENCE:
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 def _array(value: Any) -> Any:
@@ -94,31 +109,56 @@ def _fold_pad(scribe: Scribe, node: ir.Node) -> bool:
 
 
 def _fold_norm(scribe: Scribe, node: ir.Node) -> bool:
-    """BatchNorm(Conv(x)) as one Conv with other constants; returns whether it was done."""
-    conv = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if conv is None or conv.op_type != "Conv" or len(list(conv.outputs[0].uses())) != 1 or len(node.outputs) > 1:
+    """BatchNorm of what a layer gives as one layer with other constants; returns whether it was done."""
+    layer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if layer is None or not _takes_norm(layer) or len(node.outputs) > 1 or attribute(node, "training_mode", 0):
         return False
     parts = [_array(value) for value in node.inputs[1:5]]
-    weight = _array(conv.inputs[1])
-    bias = _array(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else np.float32(0)
-    if weight is None or bias is None or any(part is None for part in parts) or conv.outputs[0].is_graph_output():
+    weight = _array(layer.inputs[1])
+    has_bias = len(layer.inputs) > 2 and layer.inputs[2] is not None
+    bias = _array(layer.inputs[2]) if has_bias else None
+    if weight is None or (has_bias and bias is None) or any(part is None for part in parts):
         return False
-    gamma, beta, mean, variance = (part.astype(np.float64) for part in parts)
-    factor = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
-    stem = str(conv.inputs[1].name)
-    new = (weight.astype(np.float64) * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
-    shifted = ((bias - mean) * factor + beta).astype(np.float32)
-    conv.replace_input_with(1, _renamed(scribe, conv.inputs[1], new, stem))
-    if len(conv.inputs) < 3:
-        conv.resize_inputs(3)
-    conv.replace_input_with(2, scribe.constant(shifted, f"{stem.removesuffix('.weight')}.folded_bias"))
-    old, value = node.outputs[0], conv.outputs[0]
+    gamma, beta, mean, variance = (torch.from_numpy(np.array(part)) for part in parts)
+    statistics = BatchNormStatistics(mean, variance, gamma, beta, attribute(node, "epsilon", 1e-5))
+    axis = _output_axis(layer)
+    rows = torch.from_numpy(np.moveaxis(weight, axis, 0).copy())
+    added = None if bias is None else torch.from_numpy(np.array(np.broadcast_to(bias.reshape(-1), rows.shape[0])))
+    folded, shifted = fold_batchnorm(rows, added, statistics)
+    stem = str(layer.inputs[1].name)
+    array = np.ascontiguousarray(np.moveaxis(folded.numpy(), 0, axis))
+    layer.replace_input_with(1, _renamed(scribe, layer.inputs[1], array, stem))
+    if len(layer.inputs) < 3:
+        layer.resize_inputs(3)
+    layer.replace_input_with(2, scribe.constant(shifted.numpy(), f"{stem.removesuffix('.weight')}.folded_bias"))
+    _take_out(node, layer.outputs[0])
+    return True
+
+
+def _takes_norm(layer: ir.Node) -> bool:
+    """Whether a BatchNorm behind this layer can be part of it: nothing else reads what it gives."""
+    value = layer.outputs[0]
+    if layer.domain != "" or len(list(value.uses())) != 1 or value.is_graph_output():
+        return False
+    if layer.op_type == "Gemm":
+        return attribute(layer, "alpha", 1.0) == 1.0 and attribute(layer, "beta", 1.0) == 1.0
+    return layer.op_type == "Conv" or (layer.op_type == "ConvTranspose" and attribute(layer, "group", 1) == 1)
+
+
+def _output_axis(layer: ir.Node) -> int:
+    """The axis of a weight along which output channels lie."""
+    if layer.op_type == "Gemm":
+        return 0 if attribute(layer, "transB", 0) else 1
+    return 0 if layer.op_type == "Conv" else 1
+
+
+def _take_out(node: ir.Node, value: ir.Value) -> None:
+    """Let what reads a node's output read `value`, under the same name, and remove the node."""
+    old, name = node.outputs[0], node.outputs[0].name
     assert node.graph is not None
-    name = old.name
     old.replace_all_uses_with(value, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
     value.name = name
-    return True
 
 
 def _renamed(scribe: Scribe, value: ir.Value, array: Any, stem: str) -> ir.Value:

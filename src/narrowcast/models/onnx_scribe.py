@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx.version_converter import ConvertError, convert_version
 
 from narrowcast.errors import ModelError
+from narrowcast.models.onnx_large import SMALLEST_SPOOLED, Spool, without_weights
 
 MICROSOFT = "com.microsoft"
 # The least opset with per-axis QuantizeLinear and DequantizeLinear, and with blocks and 4 bits.
@@ -24,10 +25,11 @@ class Scribe:
 
     Args:
         model: changed.
+        spool: where large constants go; None keeps them in memory.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, spool: Spool | None = None) -> None:
+        self.model, self.spool = model, spool
         self._names: set[str] = set()
         for graph in model.graphs():
             self._names |= {str(value.name) for value in [*graph.inputs, *graph.initializers.values()]}
@@ -46,7 +48,9 @@ class Scribe:
     def constant(self, array: Any, name: str) -> ir.Value:
         """An initializer of the main graph, which subgraphs see too."""
         name = self.free(name)
-        tensor = ir.tensor(np.array(array, order="C"), name=name)
+        tensor: Any = ir.tensor(np.array(array, order="C"), name=name)
+        if self.spool is not None and tensor.nbytes >= SMALLEST_SPOOLED:
+            tensor = self.spool.put(tensor)
         value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
@@ -112,12 +116,9 @@ def with_opset(model: ir.Model, least: int) -> tuple[ir.Model, str]:
     had = opset_of(model)
     if had >= least:
         return model, ""
-    proto = ir.to_proto(model)
-    if proto.ByteSize() > 2**31 - 2**24:
-        raise ModelError(f"the model is of opset {had}, {least} is needed, and it is too large for onnx's converter")
     try:
-        converted = ir.from_proto(convert_version(proto, least))
-    except (ConvertError, RuntimeError, onnx.checker.ValidationError) as error:
+        converted = without_weights(model, lambda proto: convert_version(proto, least))
+    except (ConvertError, RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise ModelError(
             f"the model is of opset {had}, {least} is needed, and onnx's converter cannot make it so: {error!s:.300}; "
             "export the model again with a newer opset"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from narrowcast.core import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from narrowcast.models.base import Layer, Possible
-from narrowcast.models.onnx_layers import Use
+from narrowcast.models.onnx_layers import RECURRENT, Use
 
 _DYNAMIC = QuantSpec.parse("uint8/tensor")
 # Bits of the codes of MatMulNBits.
@@ -39,14 +39,14 @@ def _with_input(layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSp
         return Possible(
             weight, None, fallback=f"ONNX Runtime has no integer kernel for inputs in {given}; they stay float"
         )
+    if layer.type in RECURRENT:
+        return _recurrent(layer, weight, given)
     if any(use.op == "ConvTranspose" for use in uses):
         why = (
             "ONNX Runtime has no integer kernel for ConvTranspose; its weight is stored in integers, its input is float"
         )
         return Possible(weight, None, fallback=why)
-    simple = (
-        weight.format.name == "int8" and weight.symmetric and isinstance(weight.granularity, PerChannel | PerTensor)
-    )
+    simple = is_simple(weight)
     if isinstance(given.granularity, PerToken):
         return _dynamic(layer, weight, given, simple=simple)
     if not simple:
@@ -64,6 +64,21 @@ def _with_input(layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSp
     return Possible(weight, _DYNAMIC, reason)
 
 
+def _recurrent(layer: Layer, weight: QuantSpec, given: QuantSpec) -> Possible:
+    if layer.type != "LSTM":
+        why = "has no integer kernel in ONNX Runtime; a rule without an input stores its weights in integers"
+        return Possible(None, None, f"{layer.type} {why}")
+    if not is_simple(weight):
+        return Possible(weight, None, fallback=f"the integer LSTM has symmetric int8 weights per channel, not {weight}")
+    found = given if isinstance(given.granularity, PerToken) else QuantSpec.parse("uint8/token")
+    return Possible(weight, found, "one range for the whole input, and for the states of a step, found at run time")
+
+
+def is_simple(weight: QuantSpec) -> bool:
+    """Whether a weight is symmetric int8 with a scale per channel or tensor, as most integer kernels have it."""
+    return weight.format.name == "int8" and weight.symmetric and isinstance(weight.granularity, PerChannel | PerTensor)
+
+
 def _dynamic(layer: Layer, weight: QuantSpec, given: QuantSpec, *, simple: bool) -> Possible:
     if simple:
         return Possible(weight, given, "one range for all tokens of the input, as DynamicQuantizeLinear has it")
@@ -76,7 +91,9 @@ def integer_op(use: Use, spec: QuantSpec, mode: str) -> str | None:
     """The operator that will multiply integers."""
     if use.op == "Gather" or use.op == "ConvTranspose" or mode not in ("static", "dynamic", "asymmetric"):
         return None
-    simple = spec.format.name == "int8" and spec.symmetric and isinstance(spec.granularity, PerChannel | PerTensor)
+    simple = is_simple(spec)
+    if use.op in RECURRENT:
+        return "DynamicQuantizeLSTM" if use.op == "LSTM" and simple and mode != "static" else None
     if mode == "static":
         if not simple:
             return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
+from narrowcast.models.onnx_file import is_large, stored_size
+from narrowcast.models.onnx_large import hollow
+from narrowcast.models.onnx_portable import risk_in_graph
 from narrowcast.models.onnx_session import open_session
 
 # Operators of ONNX Runtime that multiply integers.
@@ -63,6 +66,8 @@ class NodeVerdict:
         integer: whether it multiplies integers.
         bits: of the stored weight; 32 for float32, 0 for a product of two activations.
         reason: why it is float, and what would change that; "" for integers.
+        saturates: what can go wrong on CPUs without VNNI; "" where nothing can, or a model is too large to look at its
+            weights.
     """
 
     node: str
@@ -70,6 +75,7 @@ class NodeVerdict:
     integer: bool
     bits: int
     reason: str = ""
+    saturates: str = ""
 
 
 def optimized_graph(model: ir.Model) -> onnx.GraphProto:
@@ -78,10 +84,10 @@ def optimized_graph(model: ir.Model) -> onnx.GraphProto:
     Raises:
         ModelError: ONNX Runtime refuses the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, hollow(model) as copy:
         path = Path(folder) / "optimized.onnx"
-        open_session(model, optimized=path)
-        return onnx.load_model(path, load_external_data=False).graph
+        open_session(copy, optimized=path)
+        return onnx.load_model(path, load_external_data=not is_large(stored_size(model))).graph
 
 
 def kernels_of(graph: onnx.GraphProto, constants: Mapping[str, str]) -> dict[str, Kernel]:
@@ -102,13 +108,19 @@ def kernels_of(graph: onnx.GraphProto, constants: Mapping[str, str]) -> dict[str
 def node_verdicts(graph: onnx.GraphProto) -> list[NodeVerdict]:
     """Every product of the optimized graph, in its order: the kernel, the bits, and why it is float where it is."""
     weights: dict[str, int] = {}
+    constants: dict[str, onnx.TensorProto] = {}
     makers: dict[str, onnx.NodeProto] = {}
     for owner in _graphs(graph):
         weights |= {t.name: ir.DataType(t.data_type).bitwidth for t in owner.initializer if len(t.dims) > 1}
+        constants |= {t.name: t for t in owner.initializer}
         makers |= {name: node for node in owner.node for name in node.output}
     products = (*INTEGER_KERNELS, *FLOAT_PRODUCTS)
     nodes = (node for owner in _graphs(graph) for node in owner.node if node.op_type in products)
-    return [_verdict(node, weights, makers) for node in nodes]
+    return [
+        replace(_verdict(node, weights, makers), saturates=f"{risk} without VNNI" if risk else "")
+        for node in nodes
+        for risk in [risk_in_graph(node, constants)]
+    ]
 
 
 def other_operators(graph: onnx.GraphProto) -> dict[str, int]:
@@ -138,6 +150,9 @@ def _verdict(node: onnx.NodeProto, weights: Mapping[str, int], makers: Mapping[s
 def _why_float(op: str, bits: int, through: list[str], *, coded: bool) -> str:
     if op == "MatMulNBits":
         return "its input is float, as weight-only formats have it; give the rule an input, as dynamic-int8 does"
+    if op == "LSTM" and bits:
+        kind = "dequantized at every run" if "DequantizeLinear" in through else "floats"
+        return f"its weights are {kind}; int8/channel weights with an input make it integer, as in dynamic-int8"
     if op in _NEVER:
         return f"ONNX Runtime has no integer kernel for {op}"
     if not bits:

@@ -6,7 +6,8 @@ class, as torch's parametrizations do, so that its submodules, methods, hooks an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,6 +214,22 @@ def unfuse_(module: nn.Module) -> None:
         base = type(module).__mro__[2]
         del module.__dict__["_integer_graph"]
         module.__class__ = base
+
+
+@contextmanager
+def apart(*models: nn.Module) -> Iterator[bool]:
+    """While it lasts, models run module by module; yields whether any has networks."""
+    fused = [
+        (module, type(module), graph) for model in models for module in model.modules() if (graph := graph_of(module))
+    ]
+    for module, _, _ in fused:
+        unfuse_(module)
+    try:
+        yield bool(fused)
+    finally:
+        for module, kind, graph in fused:
+            module.__dict__["_integer_graph"] = graph
+            module.__class__ = kind
 
 
 def graph_of(module: nn.Module) -> IntegerGraph | None:

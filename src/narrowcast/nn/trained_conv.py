@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from narrowcast.core import spread_channels
 from narrowcast.nn.conv import QuantizedConv
+from narrowcast.nn.settled_bias import settle_bias_
 from narrowcast.nn.trained import AnyRange, TrainedModule
 from narrowcast.nn.trained_inputs import Geometry, codes_of, product
 from narrowcast.nn.trained_ranges import InputRange
@@ -74,10 +75,12 @@ class TrainedConv(TrainedModule):
     def build(self) -> QuantizedConv:
         """See `TrainedModule`."""
         record, bias = self.records()["weight"], self._folded_bias()
-        return QuantizedConv(
+        module = QuantizedConv(
             record.spec, self.shape, self.activation(), record=record,
             bias=None if bias is None else bias.detach().float().clone(), channels_last=self.channels_last,
         )  # fmt: skip
+        settle_bias_(module)
+        return module
 
     def train(self, mode: bool = True) -> TrainedConv:
         """As in torch; a frozen BatchNorm stays in evaluation mode."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.nn.linear import QuantizedLinear
+from narrowcast.nn.settled_bias import settle_bias_
 from narrowcast.nn.trained import AnyRange, TrainedModule
 from narrowcast.nn.trained_inputs import codes_of, product
 from narrowcast.nn.trained_ranges import InputRange
@@ -43,7 +44,9 @@ class TrainedLinear(TrainedModule):
         """See `TrainedModule`."""
         record = self.records()["weight"]
         bias = None if self.bias is None else self.bias.detach().float().clone()
-        return QuantizedLinear(record.spec, record.shape, self.activation(), record=record, bias=bias)
+        module = QuantizedLinear(record.spec, record.shape, self.activation(), record=record, bias=bias)
+        settle_bias_(module)
+        return module
 
     def trained_forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

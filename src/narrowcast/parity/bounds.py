@@ -27,12 +27,14 @@ class Arithmetic:
         formats: the number formats of weights and input, in words.
         behind: what is applied to the sums in the same layer ("gelu"), "none" where nothing is.
         folded: whether the layer has taken in a BatchNorm.
+        step: the largest step of the codes that it hands its output on as, in units of the output; 0 for floats.
     """
 
     kind: str
     formats: str
     behind: str = "none"
     folded: bool = False
+    step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ BEHIND = Bound("1.5e-6 + 1e-6 |y|: {} by the kernel's polynomial", absolute=1.5e
 PRODUCTS = Bound("2^-15 sum |x w|: float inputs, summed in another order", of_products=2.0**-15)
 HALF = Bound("2^-6 sum |x w|: 16-bit float inputs", of_products=2.0**-6, of_largest=2.0**-7)
 FLOATS = Bound("1e-5 of max |y|: float32 rounding", of_largest=1e-5)
+# Sums of integers are exact everywhere, but another runtime multiplies them by their scale in another order of roundings.
+SUMS = Bound("1e-5 of max |y|: the same sums of integers, scaled by another runtime", of_largest=1e-5)
 # A code that lies on a rounding boundary may fall either way, and what follows sees another code there. No bound can be
 # proved for what a model makes of that; 24.7 dB is the least that the kit's networks show (docs/decisions.md).
 CODES = Bound("20 dB: codes on a rounding boundary may fall either way", sqnr_db=20.0)
@@ -104,6 +108,8 @@ def bound_for(
         return EXACT if kinds == {"network"} and same_runtime else CODES if "network" in kinds else FLOATS
     if kinds == {"float"}:
         return SAME_KERNELS if same_runtime and ours.folded == theirs.folded else FLOATS
+    if kinds == {"integer"} and not same_runtime:
+        return _sums(max(ours.step, theirs.step))
     if kinds == {"integer"}:
         function = next((x.behind for x in (ours, theirs) if x.behind not in ("none", "relu")), "")
         apart = not same_kernels or ours.behind != theirs.behind
@@ -112,6 +118,14 @@ def bound_for(
     if same_kernels and kinds == {"weights"} and ours.behind == theirs.behind:
         return SAME_KERNELS
     return HALF if half else PRODUCTS
+
+
+def _sums(step: float) -> Bound:
+    """Of the same sums in two runtimes."""
+    if not step:
+        return SUMS
+    words = "1 code: the same sums of integers, handed on as codes; one on a rounding boundary may fall either way"
+    return Bound(words, absolute=step * (1 + 1e-5))
 
 
 def bound_for_output(layers: list[Bound | None]) -> Bound | None:

@@ -83,7 +83,8 @@ class Tally:
         self.calls += 1
         self.elements += expected.numel()
         counted = bound if bound is not None and bound.sqnr_db is None else None
-        top = float(expected.abs().max()) if counted is not None and counted.of_largest and expected.numel() else 0.0
+        asks = counted is not None and (counted.of_largest or (counted.of_products and products is None))
+        top = float(expected.abs().max()) if asks and expected.numel() else 0.0
         parts = (t.reshape(-1).split(_PIECE) for t in (expected, got))
         magnitudes = None if products is None else products.reshape(-1).split(_PIECE)
         for index, (ours, theirs) in enumerate(zip(*parts, strict=True)):

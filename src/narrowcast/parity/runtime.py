@@ -1,7 +1,7 @@
 """What verifying asks of a runtime: run a batch and tell of every layer as it runs, and run one layer alone.
 
-A runtime besides torch (ONNX Runtime with its intermediate outputs exposed, say) is a subclass of `Runtime` and a row
-of `RUNTIMES`; nothing else changes.
+A runtime (torch, ONNX Runtime with its intermediate outputs exposed) is a subclass of `Runtime` and a row of `RUNTIMES`;
+nothing else changes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ class Runtime(ABC):
 
     name: str
     kernels: str
+
+    def meet(self, other: Runtime) -> list[str]:
+        """Told what it is compared with, before anything is asked.
+
+        Returns:
+            What the runtime computes otherwise than the artefact says, in sentences.
+        """
+        return []
+
+    def handed(self, unit: Unit, outputs: list[Tensor]) -> list[Tensor]:
+        """What would be left of a layer's outputs if this runtime handed them on."""
+        return outputs
 
     @abstractmethod
     def names(self) -> set[str]:

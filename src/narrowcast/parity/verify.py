@@ -10,8 +10,11 @@ from narrowcast.data import iterate
 from narrowcast.errors import ModelError
 from narrowcast.evaluate import Opened, evaluating, open_side
 from narrowcast.kernels import check_kernels
+from narrowcast.models import is_onnx_module
+from narrowcast.nn.integer_graph import apart
 from narrowcast.parity.bounds import Bound, bound_for_output, parse_tolerance
 from narrowcast.parity.difference import Difference
+from narrowcast.parity.onnx_runtime import OnnxRuntime
 from narrowcast.parity.pairs import Pair, find_pairs
 from narrowcast.parity.parity import BEYOND, EQUAL, MODEL, OPEN, OUTPUT, WITHIN, LayerParity, Parity
 from narrowcast.parity.runtime import Runtime
@@ -20,6 +23,7 @@ from narrowcast.parity.torch_runtime import TorchRuntime
 from narrowcast.parity.walk import Walk, Watched
 
 RUNTIMES: tuple[tuple[Callable[[Opened], bool], Callable[[Opened, str | None], Runtime]], ...] = (
+    (lambda side: is_onnx_module(side.model), lambda side, kernels: OnnxRuntime(side.name, side.model, kernels)),
     (lambda side: True, lambda side, kernels: TorchRuntime(side.name, side.model, kernels)),
 )
 """(takes this model, makes its runtime) in the order in which they are asked; torch takes what none above it does."""
@@ -43,7 +47,7 @@ def verify(
 
     Args:
         reference: the side that is right by definition: an nn.Module (float, quantized, or prepared for training: it
-            is compared in eval mode), a Quantized, or a path or factory as in `nc.compare`.
+            is compared in eval mode), a Quantized, an ONNX model, or a path or factory as in `nc.compare`.
         artefact: the side to verify, of the same kinds. A checkpoint without an architecture is loaded into a copy of
             the reference.
         data: in any form of `narrowcast.data`; a generator is read once.
@@ -75,8 +79,9 @@ def verify(
     left = _plain(open_side(reference, None, role=NAMES[0]))
     right = _plain(open_side(artefact, left, role=NAMES[1]))
     models = dict(zip(NAMES, (left.model, right.model), strict=True))
-    with evaluating(models) as notes:
+    with evaluating(models) as notes, apart(*_to_take_apart(left, right)) as taken:
         sides = [_runtime(side, name) for side, name in zip((left, right), kernels, strict=True)]
+        changed = _meet(sides)
         pairs, more = find_pairs(sides[0], sides[1])
         whole = pairs.pop("") if "" in pairs and pairs[""].is_group else None  # the output is the whole model's
         walk = Walk(sides[0], sides[1], pairs, asked)
@@ -93,7 +98,9 @@ def verify(
         rows = (*_hidden_rows(walk, asked), *(_row(name, walk) for name in walk.order))
         output = _output(walk, whole, asked)
     notes += [side.note for side in (left, right) if side.note]
-    notes += [*_kernel_notes(sides), *more, *_left_out(walk)]
+    if taken:
+        notes.append("networks of the torch side ran layer by layer, so that each layer could be seen")
+    notes += [*_kernel_notes(sides), *changed, *more, *_left_out(walk)]
     if output is None:
         notes.append("the models returned no tensor: only their layers were compared")
     return Parity(left.name, right.name, rows, output, walk.batches, walk.samples, tuple(notes))
@@ -106,6 +113,18 @@ def _plain(side: Opened) -> Opened:
         return side
     note = f"{side.name} is compiled: its layers were run eagerly"
     return replace(side, model=wrapped, note="; ".join(text for text in (side.note, note) if text))
+
+
+def _to_take_apart(left: Opened, right: Opened) -> list[Any]:
+    """The torch side where the other is none: its networks do not show their layers, which the other side has."""
+    onnx = [is_onnx_module(side.model) for side in (left, right)]
+    return [side.model for side, is_onnx in zip((left, right), onnx, strict=True) if any(onnx) and not is_onnx]
+
+
+def _meet(sides: list[Runtime]) -> list[str]:
+    """Tell the sides of each other; returns warnings of runtimes that change the arithmetic."""
+    pairs = zip(sides, reversed(sides), NAMES, strict=True)
+    return [f"the {role}: {text}" for side, other, role in pairs for text in side.meet(other)]
 
 
 def _runtime(side: Opened, kernels: str | None) -> Runtime:
@@ -139,11 +158,22 @@ def _reason(layer: Watched, verdict: str, in_model: Difference | None, walk: Wal
     pair, said = layer.pair, []
     same_format = pair.reference.arithmetic.formats == pair.artefact.arithmetic.formats
     if verdict == BEYOND and same_format and not pair.is_group:
-        said.append(stored_difference(walk.reference.stored(pair.reference), walk.artefact.stored(pair.artefact)))
+        said.append(_stored(walk, pair))
     if in_model is None:
         inside = pair.artefact.inside
         said.append("not called in the artefact's run" if inside is None else f"runs inside {inside or MODEL}")
     return "; ".join(text for text in said if text)
+
+
+def _stored(walk: Walk, pair: Pair) -> str:
+    """What both sides store differently; of different runtimes only what both have by one name."""
+    ours, theirs = walk.reference.stored(pair.reference), walk.artefact.stored(pair.artefact)
+    if type(walk.reference) is not type(walk.artefact):
+        both = ours.keys() & theirs.keys()
+        ours, theirs = ({name: held[name] for name in both} for held in (ours, theirs))
+        if not both:
+            return ""
+    return stored_difference(ours, theirs)
 
 
 def _hidden(walk: Walk) -> dict[str, Pair]:

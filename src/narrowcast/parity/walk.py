@@ -104,7 +104,10 @@ class Walk:
             return
         finally:
             self._calling = False
-        products = self.artefact.products(unit, args) if layer.bound and layer.bound.of_products else None
+        products = None
+        if layer.bound and layer.bound.of_products:
+            products = self.artefact.products(unit, args)
+            products = self.reference.products(layer.pair.reference, args) if products is None else products
         self._alone[name].append((tensors_of(copied(output)), products))
 
     def left(self, name: str, output: Any) -> None:
@@ -115,6 +118,7 @@ class Walk:
         if name not in self.order:  # by leaving: a group of layers comes behind what it is made of
             self.order.append(name)
         expected = [tensor.detach().clone() for tensor in tensors_of(output)]
+        expected = self.artefact.handed(layer.pair.artefact, expected)
         called = self._alone[name].popleft()
         if isinstance(called, Exception):
             raise ModelError(
@@ -122,7 +126,7 @@ class Walk:
                 f"({layer.pair.reference.type}) gets in batch {self.batches}: {_first_line(called)}; the two are of "
                 "different structure, so compare a model with what was made of that very model"
             ) from called
-        got, products = called
+        got, products = self.reference.handed(layer.pair.reference, called[0]), called[1]
         where = f"layer {name!r}, alone, in batch {self.batches}"
         self._compare(where, layer.alone, expected, got, layer.bound, products)
         self._expected[name].append(expected)
@@ -134,7 +138,8 @@ class Walk:
         layer.ran[1] += 1
         if self._expected[name]:
             where = f"layer {name!r} in batch {self.batches}"
-            self._compare(where, layer.in_model, self._expected[name].popleft(), tensors_of(output), None)
+            got = self.reference.handed(layer.pair.reference, tensors_of(output))
+            self._compare(where, layer.in_model, self._expected[name].popleft(), got, None)
 
     def _compare(
         self, where: str, tally: Tally, expected: list[Tensor], got: list[Tensor], bound: Bound | None,

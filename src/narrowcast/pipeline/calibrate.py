@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.core import PerChannel, QuantSpec, choose_scale
-from narrowcast.data import iterate, repeatable
+from narrowcast.data import iterate, opened, repeatable
 from narrowcast.errors import DataError
 from narrowcast.methods import Seen
 from narrowcast.models import Layer, ModelAdapter, Observation
@@ -67,6 +67,7 @@ class Calibration:
 
 def rewindable(data: Any) -> Any:
     """The data in a form whose first batch can be looked at before the whole is run; a generator is not drained."""
+    data = opened(data)
     if data is None or repeatable(data):
         return data
     return _Peekable(data)
@@ -76,6 +77,7 @@ class _Peekable:
     """A one-shot iterable whose first element is remembered, so that it can be iterated from the start once more."""
 
     def __init__(self, data: Any) -> None:
+        self.kind = type(getattr(data, "reader", data)).__name__
         self._rest = iter(data)
         self._first: list[Any] = list(itertools.islice(self._rest, 1))
 
@@ -94,6 +96,10 @@ def first_batch(data: Any, adapter: ModelAdapter) -> Any:
         DataError: there is none.
     """
     source = data.first() if isinstance(data, _Peekable) else data
+    if isinstance(data, _Peekable) and not source:
+        raise DataError(
+            f"the calibration data ({data.kind}) holds no batch; it can be read only once, and may be spent"
+        )
     for batch in iterate(source, adapter.model):
         return batch
     raise DataError("the calibration data is empty: it has no batch; give at least one")

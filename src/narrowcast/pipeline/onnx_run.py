@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.core import PerGroup, QuantSpec, choose_scale
+from narrowcast.core import PerGroup, QuantizedTensor, QuantSpec, choose_scale
 from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import stored_size
@@ -24,8 +24,10 @@ from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
+from narrowcast.pipeline.onnx_algorithms import OnTwin, solve_on_twin, solves_on_twin, transform_onnx
 from narrowcast.pipeline.onnx_outcome import outcomes
 from narrowcast.pipeline.result import Quantized, totals_of
+from narrowcast.pipeline.sequential import wants_blocks
 from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
@@ -70,6 +72,7 @@ class _Job:
     solved: dict[str, SolvedWeight] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     corrected: set[str] = field(default_factory=set)
+    on_twin: OnTwin = field(default_factory=OnTwin)
 
     def static_paths(self) -> list[str]:
         """Nodes whose input gets a static range."""
@@ -89,23 +92,17 @@ def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
         ModelError: it cannot be read.
         RecipeError: the recipe asks for what ONNX files do not get.
     """
-    if recipe.transforms:
-        names = ", ".join(name for entry in recipe.transforms for name in entry)
+    if any("rotate" in entry for entry in recipe.transforms):
         raise RecipeError(
-            f"recipe {recipe.name!r} has the transforms {names}, which are not applied to ONNX files; leave them out, "
-            "or quantize the PyTorch model and export it"
-        )
-    if recipe.sequential is True:
-        raise RecipeError(
-            f"recipe {recipe.name!r} is sequential = true, but the layers of an ONNX file are solved from one pass "
-            "over the data; leave sequential at 'auto'"
+            f"recipe {recipe.name!r} has the transform rotate, which knows the decoders of transformers and no ONNX "
+            "files; leave it out, or quantize the PyTorch model and export it"
         )
     for rule in recipe.rules:
         if rule.input is not None and rule.input.outliers:
             raise RecipeError(f"rule {rule}: ONNX files have no form for outlier channels; leave out 'outliers:...'")
     specs = [rule.weight for rule in recipe.rules if rule.weight is not None]
     blocked = any(spec.format.bits < 8 or isinstance(spec.granularity, PerGroup) for spec in specs)
-    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked)
+    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=recipe.portable)
 
 
 def plan_onnx(model: Any, recipe: Recipe) -> Plan:
@@ -134,7 +131,13 @@ def quantize_onnx(
     check_has_data(job.plan, data)
     check_plan(job.plan, strict=strict, min_coverage=min_coverage)
     check_weights(adapter, job.plan)
-    _observe(job, batches, progress=progress)
+    transformed = transform_onnx(adapter, job.plan, data, probe)
+    in_order = solves_on_twin(job.plan, data)
+    _observe(job, batches, hessians=not in_order, progress=progress)
+    if in_order:
+        job.on_twin = solve_on_twin(adapter, job.plan, data, job.values, progress=progress)
+    elif wants_blocks(job.plan) and loaded.sequential == "auto" and data is not None:
+        job.on_twin.notes.append("layers are solved from one pass, since the data can be read only once; give a list")
     _solve(job, progress=progress)
     adapter.finish()
     runs = optimized_graph(adapter.graph)
@@ -145,8 +148,9 @@ def quantize_onnx(
         totals_of(job.plan, rows, verdict, probe), parameters=sum(row.parameters for row in rows), bytes_before=before,
         bytes_after=stored_size(adapter.graph), seconds=time.perf_counter() - started,
     )  # fmt: skip
-    notes = [*adapter.notes, *job.calibration.observation.notes, *_notes(kernels), *_left_in_float(runs)]
-    report = Report(loaded.name, adapter.name, rows, totals, notes)
+    notes = [*adapter.notes, *transformed.notes, *job.on_twin.notes, *job.calibration.observation.notes]
+    notes += [*_notes(kernels), *_left_in_float(runs)]
+    report = Report(loaded.name, adapter.name, rows, totals, notes, transformed.changes)
     if strict:
         refuse([f"{row.layer}: fell back: {row.reason}" for row in rows if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded)
@@ -173,14 +177,14 @@ def _left_in_float(graph: Any) -> list[str]:
     return notes
 
 
-def _observe(job: _Job, batches: Any, *, progress: bool) -> None:
-    """One pass over the data with what the plan needs of it."""
+def _observe(job: _Job, batches: Any, *, hessians: bool, progress: bool) -> None:
+    """One pass over the data with what the plan needs of it; `hessians` too, where solvers go by this pass."""
     adapter, calibration = job.adapter, job.calibration
     if batches is None:
         return
     watchers: dict[str, list[Any]] = {}
     texts: dict[str, str] = {}
-    hessians: dict[str, GroupedHessian] = {}
+    squares: dict[str, GroupedHessian] = {}
     values: dict[str, list[Any]] = {}
     for row in job.plan.layers:
         for site in row.layer.sites if row.weight is not None else ():
@@ -191,15 +195,15 @@ def _observe(job: _Job, batches: Any, *, progress: bool) -> None:
             watchers[path] = [thinned(calibration.magnitudes[path].update), job.means[path].update]
             if is_static(row) and row.input is not None:
                 texts.setdefault(adapter.input_value(path), row.input.observer)
-            if "hessian" in needs_of(row) and adapter.shows_rows(path):
-                hessians[path] = _watch_rows(adapter, path, values)
+            if hessians and "hessian" in needs_of(row) and adapter.shows_rows(path):
+                squares[path] = _watch_rows(adapter, path, values)
     for name in adapter.place_ranges(job.static_paths()):
         observer = job.values[name] = make_observer(texts.get(name) or next(iter(texts.values())))
         values.setdefault(name, []).append(observer.update)
     with progress_steps("calibrating", 1, enabled=progress) as step:
         calibration.observation = adapter.observe(batches, watchers, values)
         step("")
-    for path, hessian in hessians.items():
+    for path, hessian in squares.items():
         if hessian.samples:
             calibration.evidence[path] = Evidence(hessian.samples, hessian.result())
     for path in job.static_paths():
@@ -221,25 +225,32 @@ def _solve(job: _Job, *, progress: bool) -> None:
     """Solve every planned weight, and write all of its uses."""
     adapter = job.adapter
     rows = [row for row in job.plan.layers if row.weight is not None]
-    ranges = {name: _scale_and_zero(observer.range()) for name, observer in job.values.items()}
+    ranges = {name: _scale_and_zero(observer.range()) for name, observer in job.values.items()} | job.on_twin.ranges
     with progress_steps("quantizing", len(rows), enabled=progress) as step:
         for row in rows:
             consumers = [site for site in row.layer.sites if adapter.takes_activation(site)]
             speaker = (consumers or list(row.layer.sites))[0].path
             (activation, text), *_ = activations_of(adapter, row, speaker, job.calibration)
-            job.inputs[row.layer.name] = text
-            solved = job.solved[row.layer.name] = solve_weight(adapter, row, job.calibration, activation)
+            job.inputs[row.layer.name] = job.on_twin.inputs.get(row.layer.name, text)
+            solved = job.on_twin.solved.get(row.layer.name)
+            solved = solved or solve_weight(adapter, row, job.calibration, activation)
+            job.solved[row.layer.name] = solved
             for site in row.layer.sites:
-                _write(job, row, site.path, solved, activation if site in consumers else Activation())
+                _write(job, row, site.path, solved, activation if site in consumers else Activation(), ranges)
+            job.solved[row.layer.name] = replace(solved, record=_without_values(solved.record))  # it is written
             step(row.layer.name)
     adapter.put_ranges(job.static_paths(), ranges)
 
 
-def _write(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight, activation: Activation) -> None:
+def _write(
+    job: _Job, row: LayerPlan, path: str, solved: SolvedWeight, activation: Activation,
+    ranges: Mapping[str, tuple[float, int]],
+) -> None:  # fmt: skip
     adapter = job.adapter
     if path in job.calibration.ranges:
-        scale, zero = _scale_and_zero(job.calibration.ranges[path].range())
+        scale, zero = ranges[adapter.placement.source(adapter.input_value(path))]
         activation = Activation(_STATIC, torch.tensor([scale]), torch.tensor([zero], dtype=torch.uint8))
+    solved = replace(solved, record=adapter.fitting(path, solved.record, activation))
     bias = _corrected_bias(job, row, path, solved)
     if bias is not None:
         job.corrected.add(row.layer.name)
@@ -249,14 +260,24 @@ def _write(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight, activatio
 
 def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) -> Tensor | None:
     """The node's bias with the mean error of the weight taken out; None where there is none or it is not known."""
+    if path in job.on_twin.biases or row.layer.name in job.on_twin.solved:
+        return job.on_twin.biases.get(path)
     adapter, mean = job.adapter, job.means.get(path)
     channels = None if mean is None else mean.result()
+    site = next(site for site in row.layer.sites if site.path == path)
     had = adapter.bias(path)
+    if had is None and adapter.use(site).bias is None and site.type.startswith("Conv"):
+        had = torch.zeros(row.layer.shape[0])  # a convolution may get one, as in torch
     if channels is None or had is None or not job.plan.recipe.correct_bias:
         return None
-    site = next(site for site in row.layer.sites if site.path == path)
     stored = solved.record.dequantize()
     return had + analytic_correction(adapter.weight(row.layer), stored, channels, adapter.input_groups(site))
+
+
+def _without_values(record: QuantizedTensor) -> QuantizedTensor:
+    """The same record without the memory of its tensors."""
+    tensors = {name: part.to("meta") for name, part in vars(record).items() if isinstance(part, Tensor)}
+    return replace(record, **tensors)
 
 
 def _scale_and_zero(bounds: tuple[float, float]) -> tuple[float, int]:

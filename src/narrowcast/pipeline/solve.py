@@ -13,6 +13,7 @@ from narrowcast.methods import Rtn
 from narrowcast.models import Layer, Site, TorchModel
 from narrowcast.models.modules import get_module
 from narrowcast.nn import Activation, QuantizedModule
+from narrowcast.nn.settled_bias import settle_bias_
 from narrowcast.pipeline.calibrate import Calibration, activations_of
 from narrowcast.pipeline.judge import Verdict, first_tensor, judge_module
 from narrowcast.pipeline.shared_ranges import SharedRanges
@@ -145,12 +146,14 @@ def _build(
     site = next(site for site in rows[0].layer.sites if site.path == path)
     if sample is None or expected is None:
         how = _correct_bias_by_mean_(job, site, rows[0], module, solved)
+        settle_bias_(module)
         return Built(module, solved, treatment, 0.0, how)
     channel_dim = adapter.output_channel_dim(site) if job.plan.recipe.correct_bias else None
     with torch.no_grad():
         got = first_tensor(module(*sample.args, **sample.kwargs))
         assert got is not None
         error, corrected = _correct_bias_(module, expected, got, channel_dim)
+    settle_bias_(module)
     return Built(module, solved, treatment, error, "bias corrected" if corrected else "")
 
 

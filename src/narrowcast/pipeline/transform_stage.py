@@ -127,7 +127,7 @@ class Stage:
         return list(chosen.values())
 
     def _checked(self, transform: str, producer: str, readers: list[str]) -> Feed:
-        nearest = max(readers, key=lambda path: _common(path, producer))
+        nearest = max(readers, key=lambda path: common_start(path, producer))
         feed = self.feeds.feeds.get(producer)
         if feed is None:
             why = f"{producer!r} ({type(self.module(producer)).__name__}) is no layer whose output can be scaled"
@@ -197,7 +197,7 @@ class Stage:
         return error, linear_error(weight, torch.zeros_like(weight), rows, torch.zeros_like(rows))
 
 
-def _common(first: str, second: str) -> int:
+def common_start(first: str, second: str) -> int:
     """How many leading characters two paths share."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))

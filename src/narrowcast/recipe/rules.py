@@ -20,7 +20,7 @@ from narrowcast.transforms import make_transform
 DEFAULT_OBSERVER = "minmax"
 _FEWEST_OUTLIERS, _MOST_OUTLIERS = 0.001, 25.0
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "train", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "transforms")
+_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "portable", "transforms")
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,8 @@ class Recipe:
             with 8-bit activations between them, linear layers apply the activation function behind them.
         sequential: whether each block of the model is quantized on what the quantized blocks before it give; "auto"
             where a method asks for more than magnitudes. False lets every block see what the float model gives.
+        portable: whether integer products of ONNX files are kept from saturating on CPUs without VNNI; narrowcast's own
+            kernels never saturate.
         transforms: function-preserving rewrites before anything is quantized, in order, each one name with its options.
     """
 
@@ -180,6 +182,7 @@ class Recipe:
     correct_bias: bool = True
     fuse: bool = True
     sequential: Literal["auto"] | bool = "auto"
+    portable: bool = False
     transforms: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     @classmethod
@@ -196,6 +199,7 @@ class Recipe:
         if not isinstance(rules, list) or not rules:
             raise RecipeError(f"{where}: has no [[rule]]; a recipe needs at least one")
         switches = {key: values.get(key, True) for key in ("fold_batchnorm", "correct_bias", "fuse")}
+        switches["portable"] = values.get("portable", False)
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
@@ -212,7 +216,8 @@ class Recipe:
         rules = [rule.to_dict() for rule in self.rules]
         switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias, "fuse": self.fuse}
         transforms = {"transforms": [_plain(entry) for entry in self.transforms]} if self.transforms else {}
-        return {"name": self.name, **switches, "sequential": self.sequential, **transforms, "rule": rules}
+        portable = {"portable": True} if self.portable else {}
+        return {"name": self.name, **switches, "sequential": self.sequential, **portable, **transforms, "rule": rules}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
