@@ -95,18 +95,11 @@ def export(
     """
     output = Output(as_json=as_json, quiet=quiet)
     options = data_options(batch_size, limit, tokenizer, mean, std, image_size)
-    page: dict[str, Any] = {
-        "reference": reference,
-        "runtime": runtime_from,
-        "title": title,
-        "labels": labels,
-        "show": show,
-    }
-    if to == "web":  # elsewhere these only prepare data
-        place = Path(model) if Path(model).is_dir() else Path(model).parent
-        page |= {"mean": options.mean, "std": options.std, "side": image_size, "tokenizer": tokenizer, "folder": place}
-    settings = {key: value for key, value in {"form": form, "platform": platform, **page}.items() if value}
-    target = _target(to)
+    settings: dict[str, Any] = {
+        "form": form, "platform": platform, "reference": reference, "runtime": runtime_from, "title": title,
+        "labels": labels, "show": show,
+    } | (_preparation(model, options) if to == "web" else {})  # fmt: skip
+    target, settings = _target(to), {key: value for key, value in settings.items() if value}
     target.check_settings(settings)
     target.check(out)
     with output.working(f"opening {model}"):
@@ -114,8 +107,7 @@ def export(
         request = Request(_sendable(source), out, _example(data, options, model), _ready(settings, source))
     with output.working(f"writing {out}"):
         done = target.deliver(request)
-    output.json({"out": str(out), "files": done.files, "facts": done.facts, "notes": done.notes,
-                 "warnings": done.warnings})  # fmt: skip
+    output.json({"out": str(out), **{key: getattr(done, key) for key in ("files", "facts", "notes", "warnings")}})
     _show(output, done)
 
 
@@ -123,6 +115,18 @@ def _target(name: str) -> Target:
     if name not in TARGETS:
         raise FormatError(f"--to {name!r} is not known; there are {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def _preparation(model: str, options: Any) -> dict[str, Any]:
+    """How a page prepares its inputs; other targets read these options only to prepare data."""
+    place = Path(model) if Path(model).is_dir() else Path(model).parent
+    return {
+        "mean": options.mean,
+        "std": options.std,
+        "side": options.side,
+        "tokenizer": options.tokenizer,
+        "folder": place,
+    }
 
 
 def _open(text: str, into: str | None) -> Source:

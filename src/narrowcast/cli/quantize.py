@@ -21,7 +21,7 @@ from narrowcast.cli.datasets import (
 )
 from narrowcast.cli.plan import RecipeOption
 from narrowcast.cli.sources import ModelArgument
-from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.errors import CheckpointError, FormatError, ModelError
 
 if TYPE_CHECKING:
     from narrowcast.pipeline import Quantized
@@ -39,6 +39,12 @@ WorkOption = Annotated[
         metavar="DIRECTORY", help="Write finished blocks here; a run that was interrupted continues from them."
     ),
 ]
+CoverageOption = Annotated[
+    float, typer.Option(help="Fail if less than this share of the weights ends up quantized.", min=0.0, max=1.0)
+]
+FormOption = Annotated[
+    str, typer.Option("--form", metavar="qdq|qoperator", help="Of an ONNX model: how integer steps are written.")
+]
 
 
 def quantize(
@@ -49,9 +55,8 @@ def quantize(
         str | None, typer.Option("--data", "-d", metavar="DATA", help=f"Calibration data: {DATA_HELP}")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a layer is not as the recipe says.")] = False,
-    min_coverage: Annotated[
-        float, typer.Option(help="Fail if less than this share of the weights ends up quantized.", min=0.0, max=1.0)
-    ] = 0.0,
+    min_coverage: CoverageOption = 0.0,
+    form: FormOption = "qdq",
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON, too.")] = None,
     work: WorkOption = None,
     batch_size: BatchOption = 32,
@@ -75,7 +80,7 @@ def quantize(
         narrowcast quantize ./my-llama -r weight-int4 -d texts.txt -o my-int4 --strict --report report.json
     """
     output = Output(as_json=as_json, quiet=quiet)
-    check_destinations(out, report, onnx=model.lower().endswith(".onnx"))
+    check_destinations(out, report, onnx=model.lower().endswith(".onnx"), form=form)
     options = data_options(batch_size, limit, tokenizer, mean, std, image_size, image_layout)
     with output.working(f"opening {model}"):
         import narrowcast as nc
@@ -92,24 +97,27 @@ def quantize(
     )  # fmt: skip
     _check_something_done(result.report, source.kind, model)
     with output.working(f"saving {out}"):
-        _save(result, out, report)
+        _save(result, out, report, form)
     output.json({"out": str(out), "report": result.report.to_dict()})
     if not quiet:
         _show(output, result.report, out)
 
 
-def _save(result: Quantized, out: Path, report: Path | None) -> None:
+def _save(result: Quantized, out: Path, report: Path | None, form: str) -> None:
     import narrowcast as nc
 
-    nc.save(result, out)
+    nc.save(result, out, form=form)
     if report is not None:
         result.report.save_json(report)
 
 
-def check_destinations(out: Path, report: Path | None, *, onnx: bool = False) -> None:
+def check_destinations(out: Path, report: Path | None, *, onnx: bool = False, form: str = "qdq") -> None:
     """Find out before the work what would fail after it; `nc.save` checks again."""
     from narrowcast.export.checkpoint_schema import DESCRIPTION
+    from narrowcast.export.onnx_save import FORMS
 
+    if form not in (FORMS if onnx else FORMS[:1]):
+        raise FormatError(f"--form {form!r}: ONNX models are written as {' or '.join(FORMS)}, others have no form")
     if onnx:
         if out.suffix.lower() != ".onnx" or out.is_dir() or not out.absolute().parent.is_dir():
             raise CheckpointError(f"--out {out}: an ONNX model is saved as a file; name one that ends in .onnx")

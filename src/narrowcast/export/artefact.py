@@ -12,12 +12,12 @@ import onnx_ir as ir
 from torch import nn
 
 from narrowcast.errors import DataError, FormatError, ModelError
+from narrowcast.export.onnx_save import FORMS
 from narrowcast.models import is_onnx, require_onnx
 from narrowcast.models.onnx_file import read_onnx, write_onnx
 from narrowcast.models.onnx_prepare import fold_shapes
 from narrowcast.nn import QuantizedModule
 
-FORMS = ("qdq", "qoperator")
 # What stores integers, or makes them of floats.
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "MatMulInteger",
               "ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm", "GatherBlockQuantized")  # fmt: skip
@@ -41,7 +41,7 @@ class Artefact:
 
 
 def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = "qdq") -> Artefact:
-    """Write a model as an ONNX file without what only its maker needed: stack traces, scopes, inferred shapes.
+    """Write a model as an ONNX file without what only its maker needed: stack traces, scopes.
 
     Args:
         source: path of an .onnx file, an `OnnxModule`, a quantized or float PyTorch module, or what `nc.quantize`
@@ -87,7 +87,10 @@ def _export(module: nn.Module, path: Path, example: Any) -> tuple[list[Any], lis
 
 
 def slim(model: ir.Model) -> None:
-    """Remove what does not change the function, in place: shapes asked of constants, notes of the exporter."""
+    """Remove what does not change the function, in place: shapes asked of constants, notes of the exporter.
+
+    Inferred shapes stay: without them ONNX Runtime fuses no SkipLayerNormalization behind quantized products.
+    """
     fold_shapes(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
     graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
@@ -95,16 +98,10 @@ def slim(model: ir.Model) -> None:
         graph.doc_string = None
         graph.metadata_props.clear()
         for node in graph:
-            _forget(node)
+            node.doc_string = None
+            node.metadata_props.clear()
             for value in node.outputs:
-                if not value.is_graph_output():
-                    value.shape, value.type = None, None
                 value.metadata_props.clear()
-
-
-def _forget(node: ir.Node) -> None:
-    node.doc_string = None
-    node.metadata_props.clear()
 
 
 def is_quantized(model: ir.Model) -> bool:

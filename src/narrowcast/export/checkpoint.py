@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from narrowcast.errors import CheckpointError
+from narrowcast.errors import CheckpointError, FormatError
 from narrowcast.export import checkpoint_huggingface as huggingface
 from narrowcast.export.checkpoint_files import file_entry, file_sha256, open_weights, staged, write_weights
 from narrowcast.export.checkpoint_graphs import describe_graphs, read_flows, restore_graphs_
@@ -41,24 +41,30 @@ from narrowcast.nn import MODULES, InstalledModule, QuantizedModule
 __all__ = ["load", "read_description", "save", "source_hash"]
 
 
-def save(quantized: Any, directory: str | Path) -> None:
+def save(quantized: Any, directory: str | Path, *, form: str = "qdq") -> None:
     """Write a quantized model to a directory, or an ONNX model to an .onnx file, in full or not at all.
 
     Args:
         quantized: what `nc.quantize` returned: `.model`, `.report`, `.recipe`.
         directory: absent, empty, or an earlier checkpoint, which is replaced in one step; of an ONNX model the path
             of the .onnx file.
+        form: of an ONNX model, "qdq" or "qoperator"; see docs/onnx.md.
 
     Raises:
         CheckpointError: the directory holds something else, the disk refuses, or the model has a part that cannot
             be stored; the message names it, and what was there before is still there.
+        FormatError: a form that is not known, or another than "qdq" of a PyTorch model.
     """
     model = getattr(quantized, "model", None)
     if not isinstance(model, nn.Module) or not hasattr(quantized, "report"):
         raise CheckpointError(f"save takes what nc.quantize returned, got {type(quantized).__name__}")
     if is_onnx_module(model):
-        save_onnx(model, quantized.recipe, Path(directory))
+        save_onnx(model, quantized.recipe, Path(directory), form)
         return
+    if form != "qdq":
+        raise FormatError(
+            f"form={form!r} is for ONNX models; a PyTorch model gets it by nc.export or narrowcast export"
+        )
     modules = _modules(model)
     found = list(slots(model))
     for slot in found:

@@ -9,6 +9,9 @@ from typing import Any
 
 from narrowcast.errors import CheckpointError
 
+# Q and DQ nodes around float operators, or one operator for every integer step.
+FORMS = ("qdq", "qoperator")
+
 
 def is_onnx_module(model: Any) -> bool:
     """Whether `model` is an ONNX graph called like a torch module; loading a checkpoint imports no adapter."""
@@ -17,18 +20,23 @@ def is_onnx_module(model: Any) -> bool:
     return found
 
 
-def save_onnx(model: Any, recipe: Any, path: Path) -> None:
+def save_onnx(model: Any, recipe: Any, path: Path, form: str = "qdq") -> None:
     """Write an ONNX model to a file; the recipe goes into its metadata.
 
     Args:
         model: an `OnnxModule`.
         recipe: what was followed.
         path: ends in .onnx.
+        form: "qdq", or "qoperator", whose steps are one operator each.
 
     Raises:
         CheckpointError: another ending, or the disk refuses.
+        FormatError: the form is not known.
     """
     if path.suffix.lower() != ".onnx":
         raise CheckpointError(f"{path}: an ONNX model is saved as one file; give a path that ends in .onnx")
     model.graph.metadata_props["narrowcast.recipe"] = json.dumps(recipe.to_dict())
-    importlib.import_module("narrowcast.models.onnx_file").write_onnx(model.graph, path)
+    if form == "qdq":
+        importlib.import_module("narrowcast.models.onnx_file").write_onnx(model.graph, path)
+    else:
+        importlib.import_module("narrowcast.export.artefact").write_artefact(model, path, form=form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,17 @@ def deliver(request: Request) -> Delivered:
         with tempfile.TemporaryDirectory(prefix=f".{request.out.name}.", dir=request.out.absolute().parent) as place:
             source, made = Path(place) / "model.onnx", Path(place) / "model.ort"
             written = write_artefact(request.model, source, request.example, **settings)
-            facts, warnings = kernels(written)
+            facts, doubts = kernels(written)
             convert(source, made, platform=platform)
-            operators = required_operators(made, Path(place) / "operators.config")
-            operators.replace(config)
+            operators = required_operators(made)
+            (Path(place) / "operators").write_text(operators.replace(str(made), request.out.name), encoding="utf-8")
+            (Path(place) / "operators").replace(config)
             made.replace(request.out)
     except OSError as error:
         raise CheckpointError(f"{request.out} cannot be written: {error}") from None
     facts |= {"optimized for": platform, "operators": f"{config.name}: --include_ops_by_config of a minimal build"}
     files = {path.name: path.stat().st_size for path in (request.out, config)}
-    return Delivered(request.out, files, facts, written.notes, warnings)
+    return Delivered(request.out, files, facts, written.notes, doubts)
 
 
 def convert(source: Path, target: Path, *, platform: str) -> None:
@@ -72,8 +74,11 @@ def convert(source: Path, target: Path, *, platform: str) -> None:
         raise ModelError(f"ONNX Runtime cannot convert the model: {type(error).__name__}: {error!s:.500}") from None
 
 
-def required_operators(model: Path, config: Path) -> Path:
-    """Write the operators of an ORT file as ONNX Runtime's build reads them; returns the file."""
+def required_operators(model: Path) -> str:
+    """The operators of an ORT file as ONNX Runtime's build reads them."""
     tools: Any = importlib.import_module("onnxruntime.tools.ort_format_model")
-    tools.create_config_from_models([str(model)], str(config), enable_type_reduction=False)
-    return config
+    config = model.with_suffix(".config")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the tool leaves closing its file to Python
+        tools.create_config_from_models([model], config, enable_type_reduction=False)
+    return config.read_text(encoding="utf-8")

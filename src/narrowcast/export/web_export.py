@@ -128,7 +128,7 @@ class _Making:
         asked = question(self.inputs, self.options)
         samples = first_samples(self.example, self.modules["quantized"], PICTURES)
         feeds = {key: array[:1] for key, array in samples.items()} or trial(asked, self.inputs)
-        answers = {key: _answer(module, feeds, self.outputs[0].name) for key, module in self.modules.items()}
+        answers = self._answers(feeds)
         show = shown(asked, answers["quantized"].shape, self.options, self.outputs[0].name)
         _complete(asked, show, samples, self.example, self.folder)
         parity, warnings = self._parity(feeds, answers)
@@ -144,6 +144,15 @@ class _Making:
             shutil.copyfile(file, self.folder / key)
         (self.folder / PAGE).write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
         return facts, parity, warnings
+
+    def _answers(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """What ONNX Runtime on the CPU says, per model."""
+        try:
+            return {key: _answer(module, feeds, self.outputs[0].name) for key, module in self.modules.items()}
+        except DataError as error:
+            if self.example is not None:
+                raise
+            raise DataError(f"an input made up of zeros or noise was tried; give real data (--data): {error}") from None
 
     def _listed(self) -> list[dict[str, Any]]:
         recipe = json.loads(self.modules["quantized"].graph.metadata_props.get("narrowcast.recipe", "{}"))
@@ -189,12 +198,17 @@ def _same_ports(modules: Mapping[str, OnnxModule]) -> tuple[list[Port], list[Por
     if not inputs:
         raise ModelError("the model has no input, so a page has nothing to ask for")
     for name, (other, given) in every.items():
-        if [(p.name, p.type) for p in other] != [(p.name, p.type) for p in inputs] or given[0].name != outputs[0].name:
+        if list(map(_face, other)) != list(map(_face, inputs)) or given[0].name != outputs[0].name:
             raise ModelError(
                 f"the {name} model has the inputs {[p.name for p in other]} and the output {given[0].name!r}, the "
                 f"quantized one {[p.name for p in inputs]} and {outputs[0].name!r}; give the model it was made of"
             )
     return inputs, outputs
+
+
+def _face(port: Port) -> tuple[str, str, int]:
+    """What must be the same of an input; sides may be open in one model only."""
+    return port.name, port.type, len(port.shape)
 
 
 def _answer(module: OnnxModule, feeds: Mapping[str, Any], output: str) -> Any:

