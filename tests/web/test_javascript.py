@@ -51,12 +51,13 @@ def test_pictures_are_resized_as_the_command_line_does_it(
     javascript: Callable[..., Any], sides: Any, tmp_path: Path
 ) -> None:
     image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    from narrowcast.cli.image_folder import _read
+    from narrowcast.data import ImageFolder, Preprocessing
 
     width, height = sides
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     image_module.fromarray(pixels).save(tmp_path / "picture.png")
-    expected = (_read(tmp_path / "picture.png", 12) * 255).round().permute(1, 2, 0).to(int).flatten().tolist()
+    (images,) = ImageFolder(tmp_path, Preprocessing(12, divisor=1))
+    expected = images[0].permute(1, 2, 0).flatten().tolist()
     script = """import { fit } from "./picture.js"; //
     give(Array.from(fit(Uint8ClampedArray.from(given.pixels), given.width, given.height, 12, 12)));"""
     found = javascript(script, {"pixels": pixels.flatten().tolist(), "width": width, "height": height})
@@ -71,17 +72,16 @@ def test_a_constant_picture_stays_constant_when_resized(javascript: Callable[...
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_pixels_are_prepared_as_the_command_line_prepares_them(javascript: Callable[..., Any], layout: str) -> None:
-    from narrowcast.cli.datasets import DataOptions, to_input
+    from narrowcast.data import Preprocessing
 
     image = np.random.default_rng(1).integers(0, 256, (1, 4, 5, 3), np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    expected = to_input(image, DataOptions(mean=mean, std=std)).numpy()
+    expected = Preprocessing(mean=mean, std=std, layout=layout).of_array(image).numpy()
     script = """import { numbers } from "./picture.js"; //
     const { x } = numbers(Uint8ClampedArray.from(given.pixels), given.ask); give([x.dims, Array.from(x.data)]);"""
     ask = {"input": "x", "type": "float32", "layout": layout, "channels": 3, "height": 4, "width": 5, "divide": 255,
            "mean": mean, "std": std}  # fmt: skip
     dims, values = javascript(script, {"pixels": image.flatten().tolist(), "ask": ask})
-    expected = expected if layout == "NCHW" else expected.transpose(0, 2, 3, 1)
     assert dims == list(expected.shape)
     np.testing.assert_array_equal(np.array(values, np.float32).reshape(dims), expected)
 

@@ -12,6 +12,7 @@ from narrowcast.cli.datasets import (
     DATA_HELP,
     BatchOption,
     DeviationOption,
+    LayoutOption,
     LimitOption,
     MeanOption,
     SideOption,
@@ -77,6 +78,7 @@ def export(
     mean: MeanOption = "",
     std: DeviationOption = "",
     image_size: SideOption = None,
+    image_layout: LayoutOption = "NCHW",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -94,7 +96,7 @@ def export(
 --std 0.229,0.224,0.225 -d images.npz -o page
     """
     output = Output(as_json=as_json, quiet=quiet)
-    options = data_options(batch_size, limit, tokenizer, mean, std, image_size)
+    options = data_options(batch_size, limit, tokenizer, mean, std, image_size, image_layout)
     settings: dict[str, Any] = {
         "form": form, "platform": platform, "reference": reference, "runtime": runtime_from, "title": title,
         "labels": labels, "show": show,

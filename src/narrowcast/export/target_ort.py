@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -78,6 +79,7 @@ def required_operators(model: Path) -> str:
     """The operators of an ORT file as ONNX Runtime's build reads them."""
     tools: Any = importlib.import_module("onnxruntime.tools.ort_format_model")
     config = model.with_suffix(".config")
+    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it tells of files that are moved at once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # the tool leaves closing its file to Python
         tools.create_config_from_models([model], config, enable_type_reduction=False)
