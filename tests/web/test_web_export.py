@@ -55,6 +55,7 @@ def test_the_models_of_a_page_answer_as_before(models: Any, hollow: Path, tmp_pa
     import onnxruntime
 
     nc.export.web(models[0], tmp_path / "page", runtime=hollow)
+    assert facts(tmp_path / "page")["title"] == "int8"
     x = {"x": graphs.normal(2, 3, 12, 12, seed=7)}
     answers = [
         onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, x)[0]
@@ -136,6 +137,13 @@ def test_models_of_different_inputs_are_not_put_side_by_side(models: Any, hollow
     with pytest.raises(ModelError, match="give the model it was made of"):
         nc.export.web(models[0], tmp_path / "page", reference=tmp_path / "other.onnx", runtime=hollow)
     assert not (tmp_path / "page").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused(models: Any, hollow: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place, words in (("file", "there is a file"), ("file/page", "cannot be written")):
+        with pytest.raises(CheckpointError, match=words):
+            nc.export.web(models[0], tmp_path / place, runtime=hollow)
 
 
 def test_a_wrong_number_of_labels_is_refused(models: Any, hollow: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def web(
         with runtime_files(None if runtime is None else Path(runtime)) as found:
             version = copy_runtime(found, folder / "runtime")
         made = _Making(folder, models, options, example)
-        facts, parity, warnings = made.page(target.name)
+        facts, parity, warnings = made.page(Path(quantized).stem if isinstance(quantized, str | Path) else target.name)
         sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
         }

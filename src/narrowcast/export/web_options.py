@@ -18,7 +18,7 @@ class PageOptions:
     """What no model file says.
 
     Args:
-        title: heading of the page; "" takes the model's name.
+        title: heading of the page; "" takes the name of the model's file, or of the folder.
         mean: per channel, subtracted from pixels in 0..1; empty subtracts nothing.
         std: per channel, what they are divided by then; empty divides by nothing.
         side: side of the square picture that a model with open sides is shown; None takes what the model says.
