@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from narrowcast.errors import CheckpointError, ModelError
 from narrowcast.evaluate.sources import kind, open_model
+from narrowcast.models import is_onnx, require_onnx
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
     """The model that `source` is or names.
 
     Args:
-        source: an nn.Module, a Quantized, or a path or factory as in `evaluate.sources`.
+        source: an nn.Module, a Quantized, an ONNX model in memory, or a path or factory as in `evaluate.sources`.
         reference: into a copy of which a checkpoint without an architecture is loaded; None where there is none.
         role: what the model is called in messages.
 
@@ -40,12 +42,15 @@ def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
     """
     if isinstance(source, nn.Module):
         return Opened(type(source).__name__, source, None)
+    if is_onnx(source) and not isinstance(source, str | Path):
+        require_onnx()
+        return Opened("an ONNX model", _onnx_module(source), None)
     model = getattr(source, "model", None)
     if isinstance(model, nn.Module):
         return Opened(f"{type(model).__name__}, quantized", model, None)
     if not isinstance(source, str | Path):
         raise ModelError(
-            f"the {role} is {type(source).__name__}; pass an nn.Module, what nc.quantize returned, or a path"
+            f"the {role} is {type(source).__name__}; pass an nn.Module, what nc.quantize returned, an ONNX model, or a path"
         )
     try:
         return Opened(str(source), open_model(source), str(source))
@@ -56,6 +61,14 @@ def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
         architecture = reference.source if reference.source and kind(reference.source) == "factory" else None
         note = f"the {role}'s checkpoint holds no architecture: it was loaded into a copy of the reference"
         return Opened(str(source), copied, str(source), architecture, note)
+
+
+def _onnx_module(source: Any) -> nn.Module:
+    read = importlib.import_module("narrowcast.models.onnx_file").read_onnx
+    made: nn.Module = importlib.import_module("narrowcast.models.onnx_session").OnnxModule(
+        read(source), "an ONNX model"
+    )
+    return made
 
 
 @contextlib.contextmanager

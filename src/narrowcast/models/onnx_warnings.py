@@ -24,8 +24,8 @@ def warnings_of(model: ir.Model) -> list[str]:
     found = [_blocks(model, ran), _signed(model, ran), _half(model, ran)]
     if count := asked["DynamicQuantizeLinear"]:
         found.append(
-            f"{count} inputs get one range for the whole batch when it arrives (DynamicQuantizeLinear), so that an answer "
-            "depends on what else is in the batch"
+            f"{count} inputs get one range for the whole batch when it arrives (DynamicQuantizeLinear), so that an "
+            "answer depends on what else is in the batch"
         )
     return [text for text in found if text]
 
@@ -42,8 +42,8 @@ def _blocks(model: ir.Model, ran: onnx.GraphProto) -> str:
     written = sum(node.op_type == "MatMulNBits" for node in model.graph.all_nodes())
     if not written:
         return (
-            f"ONNX Runtime makes {coarse} products of a float input and a dequantized weight MatMulNBits of level 4, which "
-            "rounds the input to int8 per block, although the file has it as a float; the session option "
+            f"ONNX Runtime makes {coarse} products of a float input and a dequantized weight MatMulNBits of level 4, "
+            "which rounds the input to int8 per block, although the file has it as a float; the session option "
             "session.qdq_matmulnbits_accuracy_level = 1 keeps it"
         )
     return f"{coarse} MatMulNBits are of level 4: their inputs are rounded to int8 per block"
@@ -57,8 +57,8 @@ def _signed(model: ir.Model, ran: onnx.GraphProto) -> str:
     if not signed or not rewritten:
         return ""
     return (
-        f"ONNX Runtime rewrites {rewritten} of {signed} int8 inputs to uint8 with 128 added on this CPU: the same values, "
-        "in another kernel than where int8 runs as it is"
+        f"ONNX Runtime rewrites {rewritten} of {signed} int8 inputs to uint8 with 128 added on this CPU: the same "
+        "values, in another kernel than where int8 runs as it is"
     )
 
 
@@ -71,5 +71,8 @@ def _half(model: ir.Model, ran: onnx.GraphProto) -> str:
         return ""
     casts = sum(node.op_type == "Cast" for node in ran.node)
     if half and casts:
-        return "fp16 is computed in float32 on this CPU: ONNX Runtime puts Casts around products and rounds their results only"
+        return (
+            "fp16 is computed in float32 on this CPU: ONNX Runtime puts Casts around products, and only their results "
+            "are rounded"
+        )
     return "weights in 16 bits are cast to float32 when the model is loaded, and products are computed in float32"

@@ -79,7 +79,7 @@ BEHIND = Bound("1.5e-6 + 1e-6 |y|: {} by the kernel's polynomial", absolute=1.5e
 PRODUCTS = Bound("2^-15 sum |x w|: float inputs, summed in another order", of_products=2.0**-15)
 HALF = Bound("2^-6 sum |x w|: 16-bit float inputs", of_products=2.0**-6, of_largest=2.0**-7)
 FLOATS = Bound("1e-5 of max |y|: float32 rounding", of_largest=1e-5)
-# Sums of integers are exact everywhere, but another runtime multiplies them by their scale in another order of roundings.
+# Sums of integers are exact everywhere, but another runtime multiplies them by their scale in another order.
 SUMS = Bound("1e-5 of max |y|: the same sums of integers, scaled by another runtime", of_largest=1e-5)
 # A code that lies on a rounding boundary may fall either way, and what follows sees another code there. No bound can be
 # proved for what a model makes of that; 24.7 dB is the least that the kit's networks show (docs/decisions.md).

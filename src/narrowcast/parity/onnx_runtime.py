@@ -7,12 +7,12 @@ float between them would be computed by another kernel than the one that runs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from narrowcast.data import Batch
@@ -95,8 +95,8 @@ class OnnxRuntime(Runtime):
         if self._watched is None:
             return batch.run(self.model)
         units, watcher = self._watched
-        answers: dict[str, Tensor] = {}
-        batch.run(lambda *args, **kwargs: answers.update(self._look(units, args, kwargs)))
+        look = _Looking(lambda args, kwargs: self._look(units, args, kwargs))
+        answers: dict[str, Tensor] = batch.run(look)
         for name, unit in units.items():
             part = self._parts[name]
             given = answers[part.given]
@@ -175,6 +175,17 @@ class OnnxRuntime(Runtime):
         part = self._parts[unit.name]
         array = self._room.stored_codes(self.model.graph, part)
         return {} if array is None else {"weight codes": torch.from_numpy(array)}
+
+
+class _Looking(nn.Module):
+    """Calls a function like a module, as batches want it."""
+
+    def __init__(self, look: Callable[[Any, Any], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.look = look
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return self.look(args, kwargs)
 
 
 def _spread(codes: Any, rank: int) -> tuple[Tensor, Tensor]:

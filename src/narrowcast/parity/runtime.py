@@ -1,7 +1,7 @@
 """What verifying asks of a runtime: run a batch and tell of every layer as it runs, and run one layer alone.
 
-A runtime (torch, ONNX Runtime with its intermediate outputs exposed) is a subclass of `Runtime` and a row of `RUNTIMES`;
-nothing else changes.
+A runtime (torch, ONNX Runtime with its intermediate outputs exposed) is a subclass of `Runtime` and a row of
+`RUNTIMES`; nothing else changes.
 """
 
 from __future__ import annotations
