@@ -1,4 +1,4 @@
-"""Verifying ONNX files: against the module they were made of, against the float file, and where ONNX Runtime differs."""
+"""Verifying ONNX files: against the module they were made of, and the float file; where ONNX Runtime differs."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def row(parity: nc.Parity, name: str) -> Any:
 
 
 def with_other_code(path: Path, target: Path, layer: str) -> Path:
-    """The file with one weight code of a layer changed by 40."""
+    """The file with one weight code of a layer changed by 32."""
     proto = onnx.load(path)
     for position, tensor in enumerate(proto.graph.initializer):
         if tensor.name == f"{layer}.weight_quantized":
             array = onnx.numpy_helper.to_array(tensor).copy()
-            array.reshape(-1)[5] += 40 if array.reshape(-1)[5] < 80 else -40
+            array.reshape(-1)[5] ^= 32
             proto.graph.initializer[position].CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     onnx.save(proto, target)
     return target
 
 
 def test_an_exported_file_is_within_the_bounds_of_its_module_in_every_layer(made: Any) -> None:
-    net, quantized, path = made
+    _, quantized, path = made
     before = path.read_bytes()
     parity = nc.verify(quantized, path, DATA)
     assert parity.ok, str(parity)

@@ -50,7 +50,8 @@ def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
         return Opened(f"{type(model).__name__}, quantized", model, None)
     if not isinstance(source, str | Path):
         raise ModelError(
-            f"the {role} is {type(source).__name__}; pass an nn.Module, what nc.quantize returned, an ONNX model, or a path"
+            f"the {role} is {type(source).__name__}; pass an nn.Module, what nc.quantize returned, an ONNX model or a "
+            "path"
         )
     try:
         return Opened(str(source), open_model(source), str(source))

@@ -23,7 +23,7 @@ import torch
 
 from narrowcast.core import QuantizedTensor, QuantSpec, spread_channels
 from narrowcast.models import onnx_patterns as patterns
-from narrowcast.models.onnx_handover import Codes, Handover, hand_over
+from narrowcast.models.onnx_handover import Codes, Handover, hand_over, number
 from narrowcast.models.onnx_layers import Use, attribute
 from narrowcast.models.onnx_parts import RANGES, Ranges
 from narrowcast.models.onnx_scribe import Scribe, replace_node
@@ -71,6 +71,7 @@ def write_products(
         The name of the codes of every product's weight, and how many of its rows have larger scales, and so other
         codes, because their bias would not fit into int32.
     """
+    _fold_casts(scribe, graph)
     handover = hand_over(graph, {id(product.use.node): product.codes for product in products.values()})
     writer = _Writer(scribe, graph, handover)
     for node in handover.dropped:
@@ -82,6 +83,14 @@ def write_products(
         _write(writer, path, product)
     scribe.model.metadata_props[RANGES] = json.dumps(writer.ranges)
     return writer.stored, writer.raised
+
+
+def _fold_casts(scribe: Scribe, graph: ir.Graph) -> None:
+    """Numbers cast to the type of a value, as the ends of a Clip are exported: as if they read that value."""
+    for node in [node for node in graph if node.op_type == "CastLike"]:
+        found, like = number(node.inputs[0]), node.inputs[1]
+        if found is not None and (like.type is None or like.dtype == ir.DataType.FLOAT):
+            replace_node(node, scribe.constant(np.float32(found), f"{node.outputs[0].name}_number"))
 
 
 def _coded(writer: _Writer, value: ir.Value, codes: Codes, pads: tuple[int, ...] = ()) -> tuple[ir.Value, ir.Value]:

@@ -199,16 +199,16 @@ def _end(node: ir.Node, index: int, name: str) -> float | None:
     if len(node.inputs) <= index or node.inputs[index] is None:
         value = attribute(node, name, -np.inf if index == 1 else np.inf)
         return float(value)
-    return _number(node.inputs[index])
+    return number(node.inputs[index])
 
 
-def _number(value: ir.Value) -> float | None:
+def number(value: ir.Value) -> float | None:
     """The number that a value is, through the casts that torch's exporter writes; None where it is computed."""
     if value.const_value is not None:
         return float(value.const_value.numpy())
     node = value.producer()
     if node is not None and node.op_type in ("CastLike", "Cast", "Identity"):
-        return _number(node.inputs[0])
+        return number(node.inputs[0])
     if node is None or node.op_type != "Constant":
         return None
     held = [found for name in _CONSTANTS if (found := attribute(node, name, None)) is not None]

@@ -334,7 +334,7 @@ def stored_codes(model: ir.Model, part: Part) -> Array | None:
     value = model.graph.initializers.get(part.weight)
     if value is None or value.const_value is None or value.const_value.dtype == ir.DataType.FLOAT:
         return None
-    array = value.const_value.numpy()
+    array = np.array(value.const_value.numpy())  # the file's own is not writable, which torch warns of
     if part.op in ("Conv", "ConvInteger"):
         matrix = array.reshape(array.shape[0], -1)
         return (matrix.astype(np.int64) - 128).astype(np.int8) if array.dtype == np.uint8 else matrix
