@@ -85,3 +85,20 @@ def test_the_reference_kernels_can_be_asked_for(cli, faulty):
 )
 def test_what_cannot_be_verified_ends_with_two_and_one_message(refused, faulty, arguments, words):
     assert words in refused("verify", *(part.format(p=faulty) for part in arguments))
+
+
+def test_a_float_onnx_file_is_verified_against_the_quantized_one(cli, here):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")
+    import numpy as np
+    from tests.onnx_files.graphs import residual_network
+
+    onnx.save(residual_network(), here / "float.onnx")
+    np.savez(here / "data.npz", x=np.random.default_rng(0).normal(size=(16, 3, 12, 12)).astype(np.float32))
+    made = cli("quantize", "float.onnx", "-r", "static-int8", "-d", "data.npz", "-o", "small.onnx")
+    assert made.code == 0, made.err
+    answer = cli("verify", "float.onnx", "small.onnx", "-d", "data.npz", "--tolerance", "20dB")
+    assert answer.code == 0, answer.err + answer.out
+    answer = cli("verify", "float.onnx", "small.onnx", "-d", "data.npz", "--tolerance", "70dB", "--json")
+    assert answer.code == 1 and answer.json["first_beyond"] == "stem"

@@ -53,11 +53,14 @@ def verify(
     """Compare two versions of a model layer by layer: each layer alone, on the same inputs, and in the model.
 
     Ends with 0 where parity holds, 1 where it does not, 2 where the two cannot be compared. A float model and a
-    quantized one are never equal: say with --tolerance how far apart they may be.
+    quantized one are never equal: say with --tolerance how far apart they may be. ONNX files run in ONNX Runtime; what
+    that computes otherwise than the file says is in the notes.
 
     Examples:
         narrowcast verify my_package.models:trained my-int8 --data test.npz
         narrowcast verify ./all-MiniLM-L6-v2 minilm-int8 -d pairs.jsonl --tolerance 15dB
+        narrowcast verify my_package.models:trained model.onnx --data test.npz --tolerance 20dB
+        narrowcast verify model.onnx model-int8.onnx --data test.npz --tolerance 20dB
         narrowcast verify minilm-int8 minilm-int8 -d pairs.jsonl --kernels reference
     """
     output = Output(as_json=as_json, quiet=quiet)
