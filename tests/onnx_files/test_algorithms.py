@@ -205,3 +205,16 @@ def test_the_corrected_bias_of_a_stored_weight_is_in_the_file() -> None:
     expected = float_answers(mobile(), IMAGES)
     means = {on: (result.model(IMAGES) - expected).mean((0, 2, 3)).norm() for on, result in results.items()}
     assert means[True] < 0.5 * means[False]
+
+
+def test_a_graph_that_torch_computes_otherwise_is_solved_from_one_pass_or_refused(monkeypatch) -> None:
+    from narrowcast.models import onnx_ops
+
+    monkeypatch.setitem(onnx_ops.OPS, "Gelu", lambda a: torch.relu)
+    rule = {"weight": "int4/channel", "method": "gptq"}
+    report = quantized(encoder(), TOKENS, rule=rule).report
+    assert any("solved from one pass" in note and "does not give what ONNX Runtime" in note for note in report.notes)
+    assert all(row.method.startswith("gptq") for row in report.layers if row.outcome != "kept")
+    for options in ({"sequential": True}, {"transforms": ["smoothquant"]}):
+        with pytest.raises(ModelError, match="does not give what ONNX Runtime gives"):
+            quantized(encoder(), TOKENS, rule=rule, **options)

@@ -72,11 +72,11 @@ def transform_onnx(adapter: OnnxModel, plan: Plan, data: Any, probe: Any) -> Tra
         probe: its first batch; None without data.
 
     Raises:
-        ModelError: ONNX Runtime's answers are others than before.
+        ModelError: ONNX Runtime's answers are others than before, or the graph cannot be computed in torch.
     """
     if not plan.recipe.transforms:
         return Transformed()
-    twin = make_twin(adapter.graph, adapter.uses())
+    twin = _checked_twin(adapter, probe)
     work = TorchModel(twin.module)
     before = [] if probe is None else _answers(adapter, probe)
     with _readable(twin):
@@ -90,13 +90,11 @@ def transform_onnx(adapter: OnnxModel, plan: Plan, data: Any, probe: Any) -> Tra
 
 
 def _answers(adapter: OnnxModel, probe: Any) -> list[Tensor]:
-    found = tensors_in(probe.run(OnnxModule(adapter.graph, adapter.name)))
-    return [tensor for tensor in found if tensor.is_floating_point() and tensor.numel()]
+    return _floats(probe.run(OnnxModule(adapter.graph, adapter.name)))
 
 
 def _same_in_runtime(before: list[Tensor], after: list[Tensor], nodes: list[str]) -> str:
-    finite = [(a, b) for a, b in zip(before, after, strict=True) if bool(torch.isfinite(a).all())]
-    same = min((sqnr_db(a, b) for a, b in finite), default=math.inf)
+    same = _sameness(before, after)
     if same < _SAME_FUNCTION_DB:
         raise ModelError(
             f"the transforms changed what ONNX Runtime answers (SQNR {same:.1f} dB, expected at least "
@@ -166,30 +164,83 @@ def _matched(first: str, second: str, names: dict[str, str]) -> list[tuple[str, 
     return found
 
 
-def solves_on_twin(plan: Plan, data: Any) -> bool:
-    """Whether the weights are solved block after block, each behind what the ones before have become.
+def twin_for_solving(adapter: OnnxModel, plan: Plan, data: Any, probe: Any) -> tuple[Twin | None, list[str]]:
+    """The twin on which weights are to be solved block after block; None where one pass over the data does.
+
+    Args:
+        adapter: of the graph.
+        plan: of the same adapter.
+        data: calibration data; None when there is none.
+        probe: its first batch; None without data.
+
+    Returns:
+        The twin, and notes: why there is none although solvers ask for more than magnitudes.
 
     Raises:
-        DataError: it must be so, and the data can be read only once.
+        DataError: the recipe asks for blocks, and the data can be read only once.
+        ModelError: the recipe asks for blocks, and the twin does not answer what ONNX Runtime does.
     """
     if data is None or not wants_blocks(plan):
-        return False
+        return None, []
     must = plan.recipe.sequential is True or any("block" in needs_of(r) and not r.chosen for r in plan.layers)
-    if must and not repeatable(data):
-        raise DataError(
-            "solving block after block reads the calibration data once more than calibration does, and a generator can "
-            "be read only once; pass a list or a DataLoader"
+    if not must and plan.recipe.sequential is False:
+        return None, []
+    try:
+        if not repeatable(data):
+            raise DataError(
+                "solving block after block reads the calibration data once more than calibration does, and a generator "
+                "can be read only once; pass a list or a DataLoader"
+            )
+        return _checked_twin(adapter, probe), []
+    except (DataError, ModelError) as error:
+        if must:
+            raise
+        return None, [f"layers are solved from one pass over the data and not block after block: {error}"]
+
+
+def _checked_twin(adapter: OnnxModel, probe: Any) -> Twin:
+    """A twin that answers what ONNX Runtime does.
+
+    Raises:
+        ModelError: it does not.
+    """
+    twin = make_twin(adapter.graph, adapter.uses())
+    if probe is None:
+        return twin
+    try:
+        with torch.no_grad():
+            same = _sameness(_answers(adapter, probe), _floats(probe.run(twin.module)))
+        why = f"SQNR {same:.1f} dB, expected at least {_SAME_FUNCTION_DB:.0f}" if same < _SAME_FUNCTION_DB else ""
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, ModelError) as error:
+        why = f"{type(error).__name__}: {twin.readable(str(error)):.200}"
+    if why:
+        raise ModelError(
+            f"the graph of {adapter.name} computed in torch does not give what ONNX Runtime gives ({why}), so neither "
+            "transforms nor solving block after block work on it; leave transforms out, and set sequential = false"
         )
-    return must or (repeatable(data) and plan.recipe.sequential is not False)
+    return twin
+
+
+def _floats(answer: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(answer) if tensor.is_floating_point() and tensor.numel()]
+
+
+def _sameness(before: list[Tensor], after: list[Tensor]) -> float:
+    """SQNR of the output that differs most, in decibel."""
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        return -math.inf
+    finite = [(a, b) for a, b in zip(before, after, strict=True) if bool(torch.isfinite(a).all())]
+    return min((sqnr_db(a, b) for a, b in finite), default=math.inf)
 
 
 def solve_on_twin(
-    adapter: OnnxModel, plan: Plan, data: Any, observers: dict[str, Observer], *, progress: bool
+    adapter: OnnxModel, twin: Twin, plan: Plan, data: Any, observers: dict[str, Observer], *, progress: bool
 ) -> OnTwin:
     """Solve the weights that a twin of the graph has, block after block.
 
     Args:
         adapter: nothing is written to its graph.
+        twin: of its graph.
         plan: of the same adapter.
         data: calibration data, read once more.
         observers: of static ranges, by the name of the value; they have seen all data.
@@ -198,25 +249,23 @@ def solve_on_twin(
     Raises:
         ModelError, DataError, FormatError: a solver refuses; the message names the layer.
     """
-    twin = make_twin(adapter.graph, adapter.uses())
     work, rows = TorchModel(twin.module), _on_twin(plan, twin)
     done = OnTwin()
-    barred = {row.layer.name: why for row in plan.layers if (why := _barred(row, twin))}
     with _readable(twin):
         with recorded(work.model, data) as recording:
             calibration = calibrate(work, rows, data)
         sources = {path: adapter.placement.source(str(twin.made[path].input.name)) for path in calibration.ranges}
         for path, source in sources.items():
-            if source in observers:
-                calibration.ranges[path] = copy.deepcopy(observers[source])
+            calibration.ranges[path] = copy.deepcopy(observers[source])
         job = Job(work, rows, calibration, _shared(work, sources))
         _, notes = solve_in_blocks(job, recording, journal=None, progress=progress)
     done.notes += [twin.readable(note) for note in notes]
     for row in rows.layers:
         if row.weight is not None:
             _take(done, job, row, twin, sources)
-    for name, why in barred.items():
-        done.solved[name] = replace(done.solved[name], fallback=why)
+    for row in plan.layers:
+        if why := _barred(row, twin):
+            done.solved[row.layer.name] = replace(done.solved[row.layer.name], fallback=why)
     return done
 
 

@@ -24,10 +24,9 @@ from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
-from narrowcast.pipeline.onnx_algorithms import OnTwin, solve_on_twin, solves_on_twin, transform_onnx
+from narrowcast.pipeline.onnx_algorithms import OnTwin, solve_on_twin, transform_onnx, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
 from narrowcast.pipeline.result import Quantized, totals_of
-from narrowcast.pipeline.sequential import wants_blocks
 from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
@@ -132,12 +131,11 @@ def quantize_onnx(
     check_plan(job.plan, strict=strict, min_coverage=min_coverage)
     check_weights(adapter, job.plan)
     transformed = transform_onnx(adapter, job.plan, data, probe)
-    in_order = solves_on_twin(job.plan, data)
-    _observe(job, batches, hessians=not in_order, progress=progress)
-    if in_order:
-        job.on_twin = solve_on_twin(adapter, job.plan, data, job.values, progress=progress)
-    elif wants_blocks(job.plan) and loaded.sequential == "auto" and data is not None:
-        job.on_twin.notes.append("layers are solved from one pass, since the data can be read only once; give a list")
+    twin, why = twin_for_solving(adapter, job.plan, data, probe)
+    _observe(job, batches, hessians=twin is None, progress=progress)
+    if twin is not None:
+        job.on_twin = solve_on_twin(adapter, twin, job.plan, data, job.values, progress=progress)
+    job.on_twin.notes += why
     _solve(job, progress=progress)
     adapter.finish()
     runs = optimized_graph(adapter.graph)
