@@ -24,8 +24,9 @@ from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
-from narrowcast.pipeline.onnx_algorithms import OnTwin, solve_on_twin, transform_onnx, twin_for_solving
+from narrowcast.pipeline.onnx_in_order import OnTwin, solve_on_twin, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
+from narrowcast.pipeline.onnx_transform import transform_onnx
 from narrowcast.pipeline.result import Quantized, totals_of
 from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
 from narrowcast.planning import LayerPlan, Plan, make_plan
