@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from narrowcast.models.onnx_cut import cut
 from narrowcast.models.onnx_layers import Use
 from narrowcast.models.onnx_node import NodeSession, read_by
 from narrowcast.models.onnx_ops import DTYPES, OPS
-from narrowcast.models.onnx_twin_layers import Made, Parameters, layer_of, norm_of
+from narrowcast.models.onnx_twin_layers import Made, Parameters, layer_of, norm_of, shared_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,11 +286,7 @@ def _names(values: Sequence[Any]) -> tuple[str, ...]:
 
 def _constants(values: Sequence[Any]) -> dict[str, Tensor]:
     known = [value for value in values if value is not None and value.const_value is not None]
-    return {str(value.name): torch.from_numpy(_writeable(value.const_value.numpy())) for value in known}
-
-
-def _writeable(array: Any) -> Any:
-    return array if array.flags.writeable else np.array(array)
+    return {str(value.name): shared_tensor(value.const_value.numpy()) for value in known}
 
 
 def _with_signature(inputs: dict[str, torch.dtype]) -> type[OnnxTwin]:

@@ -34,21 +34,27 @@ def checked_twin(adapter: OnnxModel, probe: Any) -> Twin:
     Raises:
         ModelError: it does not.
     """
-    twin = make_twin(adapter.graph, adapter.uses())
-    if probe is None:
-        return twin
+    twin = None
     try:
-        with torch.no_grad():
-            same = sameness(answers(adapter, probe), _floats(probe.run(twin.module)))
-        why = f"SQNR {same:.1f} dB, expected at least {SAME_FUNCTION_DB:.0f}" if same < SAME_FUNCTION_DB else ""
+        twin = make_twin(adapter.graph, adapter.uses())
+        same = 0.0 if probe is None else sameness(answers(adapter, probe), _answers_of(twin, probe))
+        low = probe is not None and same < SAME_FUNCTION_DB
+        why = f"SQNR {same:.1f} dB, expected at least {SAME_FUNCTION_DB:.0f}" if low else ""
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, ModelError) as error:
-        why = f"{type(error).__name__}: {twin.readable(str(error)):.200}"
+        text = str(error) if twin is None else twin.readable(str(error))
+        why = f"{type(error).__name__}: {text:.200}"
     if why:
         raise ModelError(
             f"the graph of {adapter.name} computed in torch does not give what ONNX Runtime gives ({why}), so neither "
             "transforms nor solving block after block work on it; leave transforms out, and set sequential = false"
         )
+    assert twin is not None
     return twin
+
+
+def _answers_of(twin: Twin, probe: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return _floats(probe.run(twin.module))
 
 
 def answers(adapter: OnnxModel, probe: Any) -> list[Tensor]:
