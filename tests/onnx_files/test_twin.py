@@ -160,11 +160,11 @@ def test_blocks_that_come_in_turns_are_one_block() -> None:
 
 
 def test_a_recurrent_node_is_computed_by_onnx_runtime() -> None:
-    nodes = [node("LSTM", ["x", "w", "r"], ["h"], hidden_size=6), node("Squeeze", ["h", "one"], ["s"]),
+    nodes = [node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=6), node("Squeeze", ["h", "zero"], ["s"]),
              node("MatMul", ["s", "v"], ["y"])]  # fmt: skip
     constants = [
         graphs.constant(graphs.normal(1, 24, 4), "w"), graphs.constant(graphs.normal(1, 24, 6), "r"),
-        graphs.constant(graphs.normal(6, 3), "v"), graphs.constant(np.array([1]), "one"),
+        graphs.constant(graphs.normal(6, 3), "v"), graphs.constant(np.array([0]), "zero"),
     ]  # fmt: skip
-    model = graphs.model(nodes, [graphs.value("x", [5, "n", 4])], [graphs.value("y", [None] * 3)], constants)
+    model = graphs.model(nodes, [graphs.value("x", [5, "n", 4])], [graphs.value("y", [None] * 2)], constants)
     assert same(model, graphs.normal(5, 2, 4)) > 100
