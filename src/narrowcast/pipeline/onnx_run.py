@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def quantize_onnx(
     check_weights(adapter, job.plan)
     transformed = transform_onnx(adapter, job.plan, data, probe)
     twin, why = twin_for_solving(adapter, job.plan, data, probe)
-    _observe(job, batches, hessians=twin is None, progress=progress)
+    _observe(job, batches, () if twin is None else twin.paths, progress=progress)
     if twin is not None:
         job.on_twin = solve_on_twin(adapter, twin, job.plan, data, job.values, progress=progress)
     job.on_twin.notes += why
@@ -176,8 +176,8 @@ def _left_in_float(graph: Any) -> list[str]:
     return notes
 
 
-def _observe(job: _Job, batches: Any, *, hessians: bool, progress: bool) -> None:
-    """One pass over the data with what the plan needs of it; `hessians` too, where solvers go by this pass."""
+def _observe(job: _Job, batches: Any, solved_later: Collection[str], *, progress: bool) -> None:
+    """One pass over the data with what the plan needs of it; a Hessian too, of nodes that are not solved later."""
     adapter, calibration = job.adapter, job.calibration
     if batches is None:
         return
@@ -194,7 +194,7 @@ def _observe(job: _Job, batches: Any, *, hessians: bool, progress: bool) -> None
             watchers[path] = [thinned(calibration.magnitudes[path].update), job.means[path].update]
             if is_static(row) and row.input is not None:
                 texts.setdefault(adapter.input_value(path), row.input.observer)
-            if hessians and "hessian" in needs_of(row) and adapter.shows_rows(path):
+            if "hessian" in needs_of(row) and path not in solved_later and adapter.shows_rows(path):
                 squares[path] = _watch_rows(adapter, path, values)
     for name in adapter.place_ranges(job.static_paths()):
         observer = job.values[name] = make_observer(texts.get(name) or next(iter(texts.values())))

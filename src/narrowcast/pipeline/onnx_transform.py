@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -46,8 +45,7 @@ def transform_onnx(adapter: OnnxModel, plan: Plan, data: Any, probe: Any) -> Tra
     notes = [twin.readable(note) for note in done.notes]
     if probe is not None:
         notes.append(_same_in_runtime(before, answers(adapter, probe), nodes))
-    changes = [replace(change, layer=twin.readable(change.layer)) for change in done.changes]
-    return Transformed(notes, changes)
+    return Transformed(notes, done.changes)
 
 
 def _same_in_runtime(before: list[Tensor], after: list[Tensor], nodes: list[str]) -> str:
