@@ -54,13 +54,15 @@ def mobile(clip: bool = True) -> Any:
 
 
 def encoder() -> Any:
-    """LayerNorm, two products of one input with a Gelu between them, and a residual."""
+    """A product; then LayerNorm, two products with a Gelu between them, and a residual: one block."""
     nodes = [
-        node("LayerNormalization", ["x", "norm.weight", "norm.bias"], ["h"], "norm"),
+        node("MatMul", ["x", "stem"], ["e"], "stem"),
+        node("LayerNormalization", ["e", "norm.weight", "norm.bias"], ["h"], "norm"),
         node("MatMul", ["h", "up"], ["u"], "up"), node("Add", ["u", "up.bias"], ["v"]),
-        node("Gelu", ["v"], ["g"]), node("MatMul", ["g", "down"], ["d"], "down"), node("Add", ["x", "d"], ["y"]),
+        node("Gelu", ["v"], ["g"]), node("MatMul", ["g", "down"], ["d"], "down"), node("Add", ["e", "d"], ["y"]),
     ]  # fmt: skip
     constants = [
+        graphs.constant(np.eye(16, dtype=np.float32) + 0.1 * graphs.normal(16, 16, seed=13), "stem"),
         graphs.constant(np.exp(1.5 * graphs.normal(16, seed=6)), "norm.weight"),
         graphs.constant(graphs.normal(16, seed=7), "norm.bias"),
         graphs.constant(graphs.normal(16, 24, seed=8), "up"), graphs.constant(graphs.normal(24, seed=9), "up.bias"),
@@ -153,7 +155,7 @@ def test_solvers_lose_less_than_rounding_on_correlated_inputs(method: str, seque
     rule = {"weight": "int4/channel", "method": method}
     result = quantized(encoder(), TOKENS, rule=rule, sequential=sequential)
     rows = [row for row in result.report.layers if row.outcome != "kept"]
-    assert [row.method.partition(",")[0] for row in rows] == [method] * 2
+    assert [row.method.partition(",")[0] for row in rows] == [method] * 3
     assert {row.outcome for row in rows} == {"quantized"}
     expected = float_answers(encoder(), TOKENS)
     assert sqnr_db(expected, result.model(TOKENS)) > answers(encoder(), TOKENS) + 1
@@ -205,3 +207,16 @@ def test_the_corrected_bias_of_a_stored_weight_is_in_the_file() -> None:
     expected = float_answers(mobile(), IMAGES)
     means = {on: (result.model(IMAGES) - expected).mean((0, 2, 3)).norm() for on, result in results.items()}
     assert means[True] < 0.5 * means[False]
+
+
+def test_a_graph_that_torch_computes_otherwise_is_solved_from_one_pass_or_refused(monkeypatch) -> None:
+    from narrowcast.models import onnx_ops
+
+    monkeypatch.setitem(onnx_ops.OPS, "Gelu", lambda a: torch.relu)
+    rule = {"weight": "int4/channel", "method": "gptq"}
+    report = quantized(encoder(), TOKENS, rule=rule).report
+    assert any("solved from one pass" in note and "does not give what ONNX Runtime" in note for note in report.notes)
+    assert all(row.method.startswith("gptq") for row in report.layers if row.outcome != "kept")
+    for options in ({"sequential": True}, {"transforms": ["smoothquant"]}):
+        with pytest.raises(ModelError, match="does not give what ONNX Runtime gives"):
+            quantized(encoder(), TOKENS, rule=rule, **options)

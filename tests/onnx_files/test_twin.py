@@ -157,3 +157,28 @@ def test_blocks_that_come_in_turns_are_one_block() -> None:
     _, twin = twin_of(model)
     assert [len(dict(part.named_children())) for part in twin.module] == [1, 4, 4, 4, 1]
     assert same(model, graphs.normal(5, 8)) > 100
+
+
+def test_a_recurrent_node_is_computed_by_onnx_runtime() -> None:
+    nodes = [node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=6), node("Squeeze", ["h", "zero"], ["s"]),
+             node("MatMul", ["s", "v"], ["y"])]  # fmt: skip
+    constants = [
+        graphs.constant(graphs.normal(1, 24, 4), "w"), graphs.constant(graphs.normal(1, 24, 6), "r"),
+        graphs.constant(graphs.normal(6, 3), "v"), graphs.constant(np.array([0]), "zero"),
+    ]  # fmt: skip
+    model = graphs.model(nodes, [graphs.value("x", [5, "n", 4])], [graphs.value("y", [None] * 2)], constants)
+    assert same(model, graphs.normal(5, 2, 4)) > 100
+
+
+def test_nodes_may_have_any_name_and_messages_have_these_names() -> None:
+    names = ["inputs", "a.b", "a:b", "forward"]
+    nodes = [node("MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}"], name) for i, name in enumerate(names)]
+    constants = [graphs.constant(graphs.normal(4, 4, seed=i), f"w{i}") for i in range(4)]
+    model = graphs.model(nodes, [graphs.value("x", ["n", 4])], [graphs.value("h4", ["n", 4])], constants)
+    assert same(model, graphs.normal(3, 4)) > 100
+    _, twin = twin_of(model)
+    assert sorted(twin.paths) == sorted(names) and len(set(twin.paths.values())) == 4
+    for name, path in twin.paths.items():
+        assert (
+            twin.readable(f"layer {path!r}: {path}, and layer1.{path}") == f"layer {name!r}: {name}, and layer1.{path}"
+        )

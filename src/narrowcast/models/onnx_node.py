@@ -36,7 +36,7 @@ class NodeSession:
         return self
 
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """The node's outputs: a tensor, or a tuple of several.
+        """The node's outputs: a tensor, or a tuple of several, None for one that is left out.
 
         Raises:
             ModelError: ONNX Runtime cannot compute the node by itself.
@@ -50,7 +50,8 @@ class NodeSession:
                 got = self._opened(feeds).run(None, feeds)
             except Exception as error:  # ONNX Runtime has a class of error for each status
                 raise ModelError(f"node {self.label} cannot be computed by itself: {error!s:.300}") from None
-        tensors = tuple(torch.from_numpy(array) for array in got)
+        given = iter(got)  # an output without a name is left out
+        tensors = tuple(torch.from_numpy(next(given)) if name else None for name in self._node.output)
         return tensors[0] if len(tensors) == 1 else tensors
 
     def _opened(self, feeds: dict[str, Any]) -> Any:

@@ -9,11 +9,11 @@ to every part. The graph stays as it is; the twin's parameters share its memory 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from narrowcast.models.onnx_cut import cut
 from narrowcast.models.onnx_layers import Use
 from narrowcast.models.onnx_node import NodeSession, read_by
 from narrowcast.models.onnx_ops import DTYPES, OPS
-from narrowcast.models.onnx_twin_layers import Made, Parameters, layer_of, norm_of
+from narrowcast.models.onnx_twin_layers import Made, Parameters, layer_of, norm_of, shared_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +133,9 @@ class Twin:
 
     def readable(self, text: str) -> str:
         """A message with the names of nodes in place of paths."""
-        for path in sorted(self.made, key=len, reverse=True):
-            text = text.replace(f"'{path}'", f"'{self.made[path].consumed[0].name}'")
-            text = text.replace(path, str(self.made[path].consumed[0].name))
-        return text
+        paths = "|".join(map(re.escape, sorted(self.made, key=len, reverse=True)))
+        whole = re.compile(rf"(?<![\w.:/])(?:{paths})(?![\w:/])") if paths else None
+        return text if whole is None else whole.sub(lambda found: str(self.made[found[0]].consumed[0].name), text)
 
 
 def make_twin(model: ir.Model, uses: Sequence[Use]) -> Twin:
@@ -165,6 +164,7 @@ class _Builder:
                 taken |= {id(node) for node in made.consumed}
                 self.modules[id(made.consumed[-1])] = made
         self.inner = taken - set(self.modules)
+        self.names = self._module_names()
         self.outputs = [str(value.name) for value in self.graph.outputs]
 
     def build(self) -> Twin:
@@ -185,11 +185,24 @@ class _Builder:
             twin.append(self._part(part, cuts[index + 1 :], context))
             for node in part:
                 if id(node) in self.modules:
-                    made[f"{index}.{_safe(node)}"] = self.modules[id(node)]
+                    made[f"{index}.{self.names[id(node)]}"] = self.modules[id(node)]
             calls = [step.call for node in part for step in self._step(node)]
             opaque[str(index)] = tuple(call.label for call in calls if isinstance(call, NodeSession))
         paths = {str(node.name): path for path, entry in made.items() for node in entry.consumed}
         return Twin(twin.eval(), made, paths, opaque)
+
+    def _module_names(self) -> dict[int, str]:
+        """The nodes' names as torch allows them for modules, by the last node that a module stands for."""
+        found: dict[int, str] = {}
+        taken = set(dir(Part((), {}, (), ())))
+        for node in self.graph:
+            if id(node) in self.modules:
+                name = str(node.name).replace(".", ":")
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                found[id(node)] = name
+        return found
 
     def _reads(self, node: ir.Node) -> list[ir.Value]:
         """What a step reads, constants included."""
@@ -232,7 +245,7 @@ class _Builder:
         for node in nodes:
             steps += self._step(node)
             if id(node) in self.modules:
-                modules[_safe(node)] = self.modules[id(node)].module
+                modules[self.names[id(node)]] = self.modules[id(node)].module
         read = [n for step in steps for n in step.inputs if n and n not in step.constants and n not in made]
         inner = {name for step in steps for name in step.outputs}
         inputs = [name for name in dict.fromkeys(read) if name not in inner]
@@ -251,10 +264,10 @@ class _Builder:
         source, output = str(made.input.name), str(made.output.name)
         constants = _constants([made.input])
         if made.before is None:
-            return [Step(None, _safe(node), (source,), (output,), constants)]
+            return [Step(None, self.names[id(node)], (source,), (output,), constants)]
         between = f"{source} of {node.name}"
         return [Step(made.before, str(node.name), (source,), (between,), constants),
-                Step(None, _safe(node), (between,), (output,), {})]  # fmt: skip
+                Step(None, self.names[id(node)], (between,), (output,), {})]  # fmt: skip
 
     def _function(self, node: ir.Node) -> Callable[..., Any]:
         row = OPS.get(node.op_type) if node.domain == "" else None
@@ -276,22 +289,13 @@ def _dropping(steps: list[Step], kept: set[str]) -> list[Step]:
     return found[::-1]
 
 
-def _safe(node: ir.Node) -> str:
-    """A node's name as torch allows it for a module."""
-    return str(node.name).replace(".", ":")
-
-
 def _names(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple("" if value is None else str(value.name) for value in values)
 
 
 def _constants(values: Sequence[Any]) -> dict[str, Tensor]:
     known = [value for value in values if value is not None and value.const_value is not None]
-    return {str(value.name): torch.from_numpy(_writeable(value.const_value.numpy())) for value in known}
-
-
-def _writeable(array: Any) -> Any:
-    return array if array.flags.writeable else np.array(array)
+    return {str(value.name): shared_tensor(value.const_value.numpy()) for value in known}
 
 
 def _with_signature(inputs: dict[str, torch.dtype]) -> type[OnnxTwin]:

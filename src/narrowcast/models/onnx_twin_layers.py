@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,8 +76,8 @@ class Parameters:
         turned = is_turned(use)
         key = id(use.weight), turned
         if key not in self.made:
-            array = _array(use.weight)
-            self.made[key] = _parameter(torch.from_numpy(array.T if turned else array))
+            array = use.weight.const_value.numpy()
+            self.made[key] = _parameter(shared_tensor(array.T if turned else array))
         return self.made[key]
 
 
@@ -85,9 +86,11 @@ def is_turned(use: Use) -> bool:
     return use.op in ("Gemm", "MatMul") and reads_input_first(use) != use.transposed
 
 
-def _array(value: Any) -> Any:
-    array = value.const_value.numpy()
-    return array if array.flags.writeable else np.array(array)
+def shared_tensor(array: Any) -> Tensor:
+    """A tensor in the memory of an array, which may be that of a mapped file: it must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of memory that cannot be written
+        return torch.from_numpy(array)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -101,10 +104,10 @@ def _constant(value: Any) -> Tensor | None:
 
 def layer_of(use: Use, parameters: Parameters) -> Made | None:
     """A node with a weight as a module; None where torch has none that computes the same."""
-    if use.inside or KINDS[use.op].refuse(use) or (use.bias is not None and use.bias_array is None):
+    make = _MAKERS.get(use.op)
+    if make is None or use.inside or KINDS[use.op].refuse(use) or (use.bias is not None and use.bias_array is None):
         return None
-    makers = {"Conv": _convolution, "ConvTranspose": _deconvolution, "Gather": _embedding}
-    return makers.get(use.op, _linear)(use, parameters)
+    return make(use, parameters)
 
 
 def _linear(use: Use, parameters: Parameters) -> Made | None:
@@ -186,6 +189,11 @@ def _embedding(use: Use, parameters: Parameters) -> Made:
     rows = weight.shape[0]
     node = use.node
     return Made(module, node.inputs[1], node.outputs[0], (node,), lambda i: torch.where(i < 0, i + rows, i), use)
+
+
+_MAKERS: dict[str, Callable[[Use, Parameters], Made | None]] = {
+    "Conv": _convolution, "ConvTranspose": _deconvolution, "Gather": _embedding, "Gemm": _linear, "MatMul": _linear,
+}  # fmt: skip
 
 
 def norm_of(node: ir.Node) -> Made | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
-from narrowcast.pipeline.onnx_algorithms import OnTwin, solve_on_twin, solves_on_twin, transform_onnx
+from narrowcast.pipeline.onnx_in_order import OnTwin, solve_on_twin, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
+from narrowcast.pipeline.onnx_transform import transform_onnx
 from narrowcast.pipeline.result import Quantized, totals_of
-from narrowcast.pipeline.sequential import wants_blocks
 from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
@@ -132,12 +132,11 @@ def quantize_onnx(
     check_plan(job.plan, strict=strict, min_coverage=min_coverage)
     check_weights(adapter, job.plan)
     transformed = transform_onnx(adapter, job.plan, data, probe)
-    in_order = solves_on_twin(job.plan, data)
-    _observe(job, batches, hessians=not in_order, progress=progress)
-    if in_order:
-        job.on_twin = solve_on_twin(adapter, job.plan, data, job.values, progress=progress)
-    elif wants_blocks(job.plan) and loaded.sequential == "auto" and data is not None:
-        job.on_twin.notes.append("layers are solved from one pass, since the data can be read only once; give a list")
+    twin, why = twin_for_solving(adapter, job.plan, data, probe)
+    _observe(job, batches, () if twin is None else twin.paths, progress=progress)
+    if twin is not None:
+        job.on_twin = solve_on_twin(adapter, twin, job.plan, data, job.values, progress=progress)
+    job.on_twin.notes += why
     _solve(job, progress=progress)
     adapter.finish()
     runs = optimized_graph(adapter.graph)
@@ -177,8 +176,8 @@ def _left_in_float(graph: Any) -> list[str]:
     return notes
 
 
-def _observe(job: _Job, batches: Any, *, hessians: bool, progress: bool) -> None:
-    """One pass over the data with what the plan needs of it; `hessians` too, where solvers go by this pass."""
+def _observe(job: _Job, batches: Any, solved_later: Collection[str], *, progress: bool) -> None:
+    """One pass over the data with what the plan needs of it; a Hessian too, of nodes that are not solved later."""
     adapter, calibration = job.adapter, job.calibration
     if batches is None:
         return
@@ -195,7 +194,7 @@ def _observe(job: _Job, batches: Any, *, hessians: bool, progress: bool) -> None
             watchers[path] = [thinned(calibration.magnitudes[path].update), job.means[path].update]
             if is_static(row) and row.input is not None:
                 texts.setdefault(adapter.input_value(path), row.input.observer)
-            if hessians and "hessian" in needs_of(row) and adapter.shows_rows(path):
+            if "hessian" in needs_of(row) and path not in solved_later and adapter.shows_rows(path):
                 squares[path] = _watch_rows(adapter, path, values)
     for name in adapter.place_ranges(job.static_paths()):
         observer = job.values[name] = make_observer(texts.get(name) or next(iter(texts.values())))
