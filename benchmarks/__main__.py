@@ -17,6 +17,7 @@ BENCHMARKS = (
     "quantizing",
     "low_bits",
     "onnx",
+    "onnx_portable",
     "qat",
     "qat_speed",
     "qat_decoder",

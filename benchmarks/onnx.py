@@ -4,6 +4,7 @@
     python -m benchmarks.onnx --models mobilenetv1 --threads 1
     python -m benchmarks.onnx --quick                           fewer samples and rounds, into build/benchmarks
     python -m benchmarks.onnx --peer-python PATH                NNCF and OpenVINO, installed in another interpreter
+    python -m benchmarks.onnx --join A.json B.json              one page of the results of several runs
 
 Models are the kit's, exported by torch's exporter with batch and length left open, and Silero's two published files.
 Every tool gets the same float32 file and the same calibration batches, of which none is scored. Kernels are those of
@@ -103,6 +104,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="measure again what build/benchmarks/onnx has")
     parser.add_argument("--known", action="store_true", help="measure nothing: the page of what is known so far")
     parser.add_argument("--limit-seconds", type=float, help="stop a cell after so long")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="JSON", help="measure nothing: join these results")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
     chosen.rounds = chosen.rounds or (2 if chosen.quick else 7)
@@ -110,9 +112,32 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """The results of several runs as one document, each row with its commit; of rows that several have, the last."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found: dict[str, Any] = {"machine": documents[-1]["machine"], "versions": documents[-1]["versions"]}
+    found["skipped"] = list(dict.fromkeys(note for document in documents for note in document["skipped"]))
+    for part, keys in (("scores", ("model", "tool", "method")), ("timings", ("model", "format", "method"))):
+        rows: dict[tuple[str, ...], Row] = {}
+        for document in documents:
+            commit = {"commit": document["machine"]["commit"]}
+            rows |= {tuple(row[key] for key in keys): commit | row for row in document[part]}
+        order = {name: index for index, name in enumerate(CASES)}
+        found[part] = sorted(rows.values(), key=lambda row: order[row["model"]])
+    commits = dict.fromkeys(row["commit"] for part in ("scores", "timings") for row in found[part])
+    found["skipped"].append(f"Rows are from runs at the commits {', '.join(commits)}.")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measures every cell, model by model, and writes the results; 1 when a cell of narrowcast failed."""
     chosen = options(argv)
+    description = " ".join((__doc__ or "").split("\n\n")[2].split())
+    if chosen.join:
+        found = joined(chosen.join)
+        page = onnx_page.markdown(found["machine"], found, description)
+        results_io.write_results(chosen.out or results_io.folder_of(True), "onnx", found, page)
+        return 0
     facts, versions, skipped = machine(), versions_of(chosen.peer_python), []
     available = [*results_io.available([name for name in chosen.models if name in KIT], skipped.append),
                  *(name for name in chosen.models if name not in KIT)]  # fmt: skip
@@ -131,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
     complete = len(scores) == wanted and not chosen.quick and set(chosen.models) == set(CASES)
     folder = chosen.out or results_io.folder_of(complete and len(chosen.tools) == len(TOOLS))
     document = {"machine": facts, "versions": versions, "skipped": skipped, "scores": scores, "timings": timings}
-    description = " ".join((__doc__ or "").split("\n\n")[2].split())
     results_io.write_results(folder, "onnx", document, onnx_page.markdown(facts, document, description))
     return int(not scores or any("failed" in row for row in scores if row["tool"].startswith(NARROWCAST)))
 

@@ -249,20 +249,18 @@ def stored(scribe: Scribe, use: Use, record: QuantizedTensor) -> str:
     signed = record.spec.format.low < 0
     four, eight = (ml_dtypes.int4, np.int8) if signed else (ml_dtypes.uint4, np.uint8)
     storage = four if record.spec.format.bits <= 4 else eight
-    grouped = isinstance(record.spec.granularity, PerGroup)
-    if not grouped and use.op not in RECURRENT:
-        value = scribe.constant(kind.restore(codes, use).astype(storage), f"{stem}_quantized")
-        parts = _scales(scribe, scale[:, 0], zero[:, 0].astype(storage), stem)
-        result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
-                               attributes={"axis": kind.axis(use)})  # fmt: skip
+    granularity = record.spec.granularity
+    matrix = isinstance(granularity, PerGroup) or use.op in RECURRENT  # stored as such, and arranged behind
+    attributes = {"axis": 0 if matrix else kind.axis(use)}
+    if isinstance(granularity, PerGroup):
+        attributes = {"axis": 1, "block_size": min(granularity.size, codes.shape[1])}
     else:
-        value = scribe.constant(codes.astype(storage), f"{stem}_quantized")
-        across = {"axis": 1, "block_size": min(record.spec.granularity.size, codes.shape[1])} if isinstance(
-            record.spec.granularity, PerGroup) else {"axis": 0}  # fmt: skip
-        parts = _scales(scribe, scale if grouped else scale[:, 0], (zero if grouped else zero[:, 0]).astype(storage),
-                        stem)  # fmt: skip
-        result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
-                               attributes=across)  # fmt: skip
+        scale, zero = scale[:, 0], zero[:, 0]
+    value = scribe.constant((codes if matrix else kind.restore(codes, use)).astype(storage), f"{stem}_quantized")
+    parts = _scales(scribe, scale, zero.astype(storage), stem)
+    result = scribe.before(node, "DequantizeLinear", [value, *parts], f"{stem}_DequantizeLinear",
+                           attributes=attributes)  # fmt: skip
+    if matrix:
         result = _from_matrix(scribe, use, result)
     node.replace_input_with(use.index, result)
     return str(value.name)
