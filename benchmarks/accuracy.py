@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy                        everything, into benchmarks/results
     python -m benchmarks.accuracy --models minilm --presets dynamic-int8 dynamic-int4
+    python -m benchmarks.accuracy --presets static-int8 --keep     some of them into benchmarks/results, beside the others there
     python -m benchmarks.accuracy --quick                fewer samples, into build/benchmarks
 
 A preset that needs no data is measured without and, as "PRESET+data", with calibration data. Whatever saw calibration
@@ -10,9 +11,11 @@ data is scored on samples outside of it, against float32 on the same samples.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from typing import Any
 
 import torch
@@ -20,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import results_io, targets
-from benchmarks.kit import KitModel, kit_model
-from benchmarks.machine import machine
+from benchmarks.kit import KIT_NAMES, KitModel, kit_model
+from benchmarks.machine import commit, machine
 
 WITHOUT_DATA = ("weight-int8", "weight-int4", "dynamic-int8", "dynamic-int4", "fp16", "bf16")
 WITH_DATA = ("weight-int8+data", "weight-int4+data", "dynamic-int8+data", "dynamic-int4+data", "static-int8")
@@ -156,9 +159,17 @@ def measure_model(name: str, variants: list[str], *, quick: bool) -> list[dict[s
             row = measure(reference, variant)
         except Exception as error:  # a benchmark reports whatever a preset raises, and goes on
             row = {"model": name, "variant": variant, "failed": f"{type(error).__name__}: {error}", "targets": []}
-        rows.append(row)
+        rows.append(row | {"commit": commit()})
         print(summary(row), flush=True)
     return rows
+
+
+def with_earlier(rows: list[dict[str, Any]], document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows in the order of a whole run; what was not measured again is that of an earlier document."""
+    said = document["machine"]["commit"]
+    found = {(row["model"], row["variant"]): {"commit": said} | row for row in document["rows"]}
+    found |= {(row["model"], row["variant"]): row for row in rows}
+    return [found[key] for name in KIT_NAMES for variant in VARIANTS if (key := (name, variant)) in found]
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -197,7 +208,9 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]], skipped: list[st
     """The Markdown page of a run."""
     verdicts = [verdict for row in rows for verdict in row["targets"]]
     met = sum(bool(verdict["met"]) for verdict in verdicts)
+    commits = Counter(row.get("commit", facts["commit"]) for row in rows)
     notes = [
+        f"Rows by commit: {', '.join(f'{count} of {name}' for name, count in commits.most_common())}.",
         "`drop` is in the metric's own unit (points for top-1 and Spearman times 100), positive where it is worse. "
         "`held_out` are the samples outside of the calibration data. Linear bytes count scales, zero points and sums.",
         f"Targets met: {met} of {len(verdicts)}.",
@@ -209,6 +222,7 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]], skipped: list[st
 def options(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = results_io.arguments(__doc__ or "", VARIANTS)
+    parser.add_argument("--keep", action="store_true", help="keep the committed rows of what is not measured")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
     return parser.parse_args(argv)
 
@@ -220,8 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     facts, skipped, rows = machine(), [], []
     for name in results_io.available(chosen.models, skipped.append):
         rows += measure_model(name, chosen.presets, quick=chosen.quick)
+    folder = results_io.folder_of(True) if chosen.keep else results_io.output_folder(chosen, VARIANTS)
+    if chosen.keep and (folder / "accuracy.json").is_file():
+        rows = with_earlier(rows, json.loads((folder / "accuracy.json").read_text(encoding="utf-8")))
     document = {"machine": facts, "quick": chosen.quick, "skipped": skipped, "rows": rows}
-    folder = results_io.output_folder(chosen, VARIANTS)
     results_io.write_results(folder, "accuracy", document, markdown(facts, rows, skipped))
     failed = any("failed" in row for row in rows) or not rows
     missed = any(not verdict["met"] for row in rows for verdict in row["targets"])
