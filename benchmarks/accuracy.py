@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy                        everything, into benchmarks/results
     python -m benchmarks.accuracy --models minilm --presets dynamic-int8 dynamic-int4
-    python -m benchmarks.accuracy --presets static-int8 --keep     some of them into benchmarks/results, beside the others there
+    python -m benchmarks.accuracy --presets static-int8 --keep    some into benchmarks/results, beside the others there
     python -m benchmarks.accuracy --quick                fewer samples, into build/benchmarks
 
 A preset that needs no data is measured without and, as "PRESET+data", with calibration data. Whatever saw calibration
