@@ -275,7 +275,7 @@ def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) 
 
 def _without_values(record: QuantizedTensor) -> QuantizedTensor:
     """The same record without the memory of its tensors."""
-    tensors = {name: part.to("meta") for name, part in vars(record).items() if isinstance(part, Tensor)}
+    tensors: dict[str, Any] = {name: part.to("meta") for name, part in vars(record).items() if isinstance(part, Tensor)}
     return replace(record, **tensors)
 
 
