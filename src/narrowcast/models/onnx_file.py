@@ -5,6 +5,7 @@ Weights in external data stay on disk, memory-mapped, until they are asked for.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from math import prod
@@ -231,3 +232,31 @@ def _varint(number: int) -> bytes:
         found.append(number & 127 | 128)
         number >>= 7
     return bytes([*found, number])
+
+
+class _Hash:
+    """A file of which only the hash is kept."""
+
+    def __init__(self) -> None:
+        self.sum = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """Take in some bytes."""
+        self.sum.update(content)
+        return len(content)
+
+
+def hash_of(model: ir.Model) -> str:
+    """SHA-256 of a graph and of the numbers of all its constants, read one after another."""
+    rest, found = model.clone(), _Hash()
+    for name, value in list(rest.graph.initializers.items()):
+        tensor: Any = value.const_value
+        if tensor is None or not _is_numbers(value):
+            continue
+        found.write(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        tensor.tofile(found)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+        del rest.graph.initializers[name]
+    found.write(ir.to_proto(rest).SerializeToString(deterministic=True))
+    return found.sum.hexdigest()
