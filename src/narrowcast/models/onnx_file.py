@@ -132,12 +132,19 @@ def _check_external(model: ir.Model, path: Path) -> None:
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         location = str(tensor.location)
+        if "\0" in location:
+            raise ModelError(f"{path}: tensor {tensor.name!r} is in {location!r}, which no file can be called")
         target = folder / location
         if Path(location).is_absolute() or not target.resolve().is_relative_to(folder.resolve()):
             raise ModelError(f"{path}: tensor {tensor.name!r} wants {location!r}, which is outside the model's folder")
         if not target.is_file():
             raise ModelError(
                 f"{path}: the data of tensor {tensor.name!r} is in {location!r}, and there is no such file"
+            )
+        if target.stat().st_nlink > 1:
+            raise ModelError(
+                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, which has {target.stat().st_nlink} hard "
+                "links: it may be a file of another folder; copy it, and put the copy in its place"
             )
         offset = tensor.offset or 0
         length = tensor.length if tensor.length is not None else tensor.nbytes
