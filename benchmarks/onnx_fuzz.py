@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def edge_back(model: Any, chance: random.Random) -> None:
     """A node reads what comes after it."""
     node = _node(model, chance)
     if node.input:
-        node.input[chance.randrange(len(node.input))] = chance.choice(list(model.graph.node[-1].output) + [""])
+        node.input[chance.randrange(len(node.input))] = chance.choice([*model.graph.node[-1].output, ""])
 
 
 def name_repeated(model: Any, chance: random.Random) -> None:
@@ -226,11 +227,9 @@ def mutated(good: Any, chance: random.Random) -> tuple[bytes, str]:
         model = onnx.ModelProto()
         model.CopyFrom(good)
         chosen = [chance.choice(FIELDS) for _ in range(chance.choice((1, 1, 2, 4)))]
-        for mutation in chosen:
-            try:
+        with suppress(IndexError, ValueError):  # an earlier one took what this one wants
+            for mutation in chosen:
                 mutation(model, chance)
-            except (IndexError, ValueError):  # an earlier one took what this one wants
-                continue
         return model.SerializeToString(), chosen[0].__name__
     place = chance.randrange(len(content))
     if kind == "bytes":
@@ -386,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{count} files, {len(bad)} bad ends. `python -m benchmarks.onnx_fuzz` repeats it with the same files.",
         table(["end", "files"], ends.most_common()),
         table(["mutation", "files", "of them quantized"],
-              [[kind, kinds[kind, True] + kinds[kind, False], kinds[kind, True]] for kind in sorted({k for k, _ in kinds})]),
+              [[k, kinds[k, True] + kinds[k, False], kinds[k, True]] for k in sorted({kind for kind, _ in kinds})]),
     ]  # fmt: skip
     if bad:
         shown = [

@@ -58,7 +58,10 @@ def read_onnx(source: Any) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.graph.node:
         raise ModelError(f"{name} is not an ONNX model: its graph has no node")
-    _check_graph(proto.graph, set(), name)
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = proto.ir_version
+    context.opset_imports = {entry.domain: entry.version for entry in proto.opset_import}
+    _check_graph(proto.graph, set(), name, context)
     try:
         model = ir.from_proto(proto)
         list(model.graph.all_nodes())
@@ -67,7 +70,7 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     return model
 
 
-def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
+def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str, context: Any) -> None:
     """Every value that a node reads is there before it: the graph has no cycle and no loose end."""
     known = outer | {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     known |= {tensor.values.name for tensor in graph.sparse_initializer}
@@ -84,10 +87,29 @@ def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
                 )
         for attribute in node.attribute:
             for inside in [attribute.g, *attribute.graphs] if attribute.type in _GRAPHS else ():
-                _check_graph(inside, known, where)
+                _check_graph(inside, known, where, context)
+        _check_node(node, where, context)
         known |= set(node.output)
     if loose := [value.name for value in graph.output if value.name not in known]:
         raise ModelError(f"{where}: no node gives the output {loose[0]!r}; the file is damaged")
+
+
+def _check_node(node: onnx.NodeProto, where: str, context: Any) -> None:
+    """A standard operator has the inputs and attributes that its definition says.
+
+    ONNX Runtime refuses other nodes with the same check. Graphs inside of a node are walked by `_check_graph`: onnx's
+    own walk does not know the values around them.
+    """
+    if node.domain not in ("", "ai.onnx") or any(attribute.type in _GRAPHS for attribute in node.attribute):
+        return
+    try:
+        onnx.checker.check_node(node, context)
+    except onnx.checker.ValidationError as error:
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"{where}: node {node.name!r} ({node.op_type}) is not what ONNX defines: {said:.300}; the file is damaged, "
+            "or of a newer ONNX"
+        ) from None
 
 
 def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
@@ -143,8 +165,8 @@ def _check_external(model: ir.Model, path: Path) -> None:
             )
         if target.stat().st_nlink > 1:
             raise ModelError(
-                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, which has {target.stat().st_nlink} hard "
-                "links: it may be a file of another folder; copy it, and put the copy in its place"
+                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, which has {target.stat().st_nlink} "
+                "hard links: it may be a file of another folder; copy it, and put the copy in its place"
             )
         offset = tensor.offset or 0
         length = tensor.length if tensor.length is not None else tensor.nbytes

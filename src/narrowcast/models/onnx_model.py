@@ -25,10 +25,10 @@ from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_large import released, spool_for
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
 from narrowcast.models.onnx_portable import Portable
-from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_prepare import constants_only, prepare
 from narrowcast.models.onnx_recurrent import Halves
 from narrowcast.models.onnx_rewrite import with_constant
-from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
+from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, opset_of, with_opset
 from narrowcast.models.onnx_session import OnnxModule, feeds_of
 from narrowcast.models.onnx_static import Placement, place, put
 from narrowcast.models.onnx_watch import Watching
@@ -78,10 +78,13 @@ class OnnxModel(ModelAdapter):
     ) -> None:
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
-        model, note = with_opset(self.original.graph.clone(), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        had, copy = opset_of(self.original.graph), self.original.graph.clone()
+        notes = constants_only(copy)
+        model, note = with_opset(copy, BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        self.converted = (had, opset_of(model)) if note else None
         if blocked:
             model.ir_version = max(model.ir_version, BLOCKED_IR)
-        self.notes = [note] if note else []
+        self.notes = ([note] if note else []) + notes
         self.notes += prepare(model, fold_batchnorm=fold_batchnorm)
         self.model = OnnxModule(model, self.name)
         self._found = find_uses(model)

@@ -17,13 +17,14 @@ from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import hash_of, stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
-from narrowcast.models.onnx_verdict import Kernel, kernels_of, node_verdicts, optimized_graph, other_operators
+from narrowcast.models.onnx_verdict import Kernel, kernels_of, node_verdicts, other_operators
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, Observer, make_observer
 from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
+from narrowcast.pipeline.onnx_check import check_conversion, graph_that_runs
 from narrowcast.pipeline.onnx_in_order import OnTwin, solve_on_twin, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
 from narrowcast.pipeline.onnx_statistics import Statistics
@@ -135,6 +136,7 @@ def quantize_onnx(
     check_has_data(job.plan, data)
     check_plan(job.plan, strict=strict, min_coverage=min_coverage)
     check_weights(adapter, job.plan)
+    check_conversion(adapter, probe)
     transformed = transform_onnx(adapter, job.plan, data, probe)
     twin, why = twin_for_solving(adapter, job.plan, data, probe)
     _observe(job, batches, () if twin is None else twin.paths, resume, progress=progress)
@@ -143,7 +145,7 @@ def quantize_onnx(
     job.on_twin.notes += why
     _solve(job, progress=progress)
     adapter.finish()
-    runs = optimized_graph(adapter.graph)
+    runs, unchecked = graph_that_runs(adapter)
     kernels = kernels_of(runs, adapter.codes)
     rows = outcomes(job, kernels)
     verdict = _judge(adapter, probe)
@@ -152,7 +154,7 @@ def quantize_onnx(
         bytes_after=stored_size(adapter.graph), seconds=time.perf_counter() - started,
     )  # fmt: skip
     notes = [*adapter.notes, *transformed.notes, *job.on_twin.notes, *job.calibration.observation.notes]
-    notes += [*_notes(kernels), *_left_in_float(runs)]
+    notes += [*unchecked, *_notes(kernels), *_left_in_float(runs)]
     report = Report(loaded.name, adapter.name, rows, totals, notes, transformed.changes)
     if strict:
         refuse([f"{row.layer}: fell back: {row.reason}" for row in rows if row.outcome == "fell back"])
