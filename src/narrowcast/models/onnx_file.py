@@ -104,7 +104,7 @@ def _check_node(node: onnx.NodeProto, where: str, context: Any) -> None:
         return
     try:
         onnx.checker.check_node(node, context)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, ValueError) as error:  # the latter where its own words are no text
         said = " ".join(str(error).split())
         raise ModelError(
             f"{where}: node {node.name!r} ({node.op_type}) is not what ONNX defines: {said:.300}; the file is damaged, "
