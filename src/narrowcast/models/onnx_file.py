@@ -25,6 +25,7 @@ LARGE = 2**30
 _SMALLEST_EXTERNAL = 1024
 # Tags of protobuf: ModelProto.graph is field 7, GraphProto.initializer 5, TensorProto.raw_data 9, each with a length.
 _GRAPH_FIELD, _INITIALIZER_FIELD, _RAW_DATA_FIELD = b"\x3a", b"\x2a", b"\x4a"
+_NO_VERSION = 2**31
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -58,16 +59,25 @@ def read_onnx(source: Any) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.graph.node:
         raise ModelError(f"{name} is not an ONNX model: its graph has no node")
-    context = onnx.checker.C.CheckerContext()
-    context.ir_version = proto.ir_version
-    context.opset_imports = {entry.domain: entry.version for entry in proto.opset_import}
-    _check_graph(proto.graph, set(), name, context)
+    _check_graph(proto.graph, set(), name, _context(proto, name))
     try:
         model = ir.from_proto(proto)
         list(model.graph.all_nodes())
     except Exception as error:  # a damaged message can make the reader fail in any way; its words are kept
         raise ModelError(f"{name} is damaged: {type(error).__name__}: {error!s:.500}") from None
     return model
+
+
+def _context(proto: onnx.ModelProto, name: str) -> Any:
+    """Versions by which onnx checks nodes."""
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if not all(isinstance(domain, str) for domain in versions) or not all(
+        0 <= version < _NO_VERSION for version in (proto.ir_version, *versions.values())
+    ):
+        raise ModelError(f"{name}: IR version {proto.ir_version} and opsets {versions} are no versions; it is damaged")
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version, context.opset_imports = proto.ir_version, versions
+    return context
 
 
 def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str, context: Any) -> None:
