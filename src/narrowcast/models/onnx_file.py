@@ -194,8 +194,8 @@ def is_large(size: int) -> bool:
 
 
 def stored_size(model: ir.Model) -> int:
-    """Bytes of all constants."""
-    return sum(int(tensor.nbytes) for tensor in tensors_of(model))
+    """Bytes of all constants but texts."""
+    return sum(int(tensor.nbytes) for tensor in tensors_of(model) if tensor.dtype != ir.DataType.STRING)
 
 
 def write_onnx(model: ir.Model, path: str | Path) -> list[Path]:
