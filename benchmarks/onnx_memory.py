@@ -137,6 +137,8 @@ def measured(name: str, model: Path, recipe: str, data: Path | None, target: flo
     command = [sys.executable, "-m", "benchmarks.onnx_memory", "--child", str(model), recipe, str(data or "")]
     paths = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for old in model.parent.glob("small.onnx*"):
+        old.unlink()
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
