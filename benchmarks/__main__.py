@@ -22,6 +22,7 @@ BENCHMARKS = (
     "qat_speed",
     "qat_decoder",
     "adapters",
+    "onnx_memory",
 )
 
 

@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")
 
+from benchmarks import onnx_fuzz
 from tests.onnx_files import graphs
 
 import narrowcast as nc
@@ -102,3 +103,33 @@ def test_three_hundred_mutated_files_end_in_a_plan_or_a_clear_error(tmp_path: Pa
         except NarrowcastError:
             continue
     assert 0 < planned < 300
+
+
+def test_a_weight_in_a_file_with_two_names_is_refused(tmp_path: Path) -> None:
+    path = with_external_weight(tmp_path, "weights.bin")
+    (tmp_path / "other.bin").hardlink_to(tmp_path / "weights.bin")
+    with pytest.raises(ModelError, match="2 hard links"):
+        nc.plan(path, "weight-int8")
+
+
+def test_a_node_that_onnx_does_not_define_so_is_named(tmp_path: Path) -> None:
+    model = graphs.residual_network()
+    model.graph.node[0].attribute[0].CopyFrom(onnx.helper.make_attribute("pads", 0.5))
+    with pytest.raises(ModelError, match=r"\(Conv\) is not what ONNX defines: .*pads"):
+        nc.plan(saved(model, tmp_path / "model.onnx"), "weight-int8")
+
+
+def test_files_with_mutated_fields_end_in_a_plan_or_a_clear_error_and_nothing_is_written(tmp_path: Path) -> None:
+    folder, models, planned = onnx_fuzz.prepare_folder(tmp_path), onnx_fuzz.seeds(), 0
+    path = folder / "model.onnx"
+    path.touch()
+    present = sorted(tmp_path.rglob("*"))
+    for index in range(120):
+        chance = random.Random(index)
+        path.write_bytes(onnx_fuzz.mutated(chance.choice(models), chance)[0])
+        try:
+            nc.plan(path, "weight-int8")
+            planned += 1
+        except NarrowcastError as error:
+            assert len(str(error)) > 20
+    assert 0 < planned < 120 and sorted(tmp_path.rglob("*")) == present

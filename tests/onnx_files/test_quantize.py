@@ -201,7 +201,7 @@ def test_what_cannot_be_done_is_said_before_any_work() -> None:
             quantized(recipe)
     with pytest.raises(DataError, match="there is none"):
         quantized("static-int8", None)
-    with pytest.raises(ModelError, match="neither in place"):
+    with pytest.raises(ModelError, match="not changed in place"):
         quantized("dynamic-int8", inplace=True)
     with pytest.raises(DataError, match=r"wants .* and the data has the shape"):
         quantized("dynamic-int8", [torch.randn(2, 4, 5, 5)])

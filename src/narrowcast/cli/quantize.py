@@ -36,7 +36,8 @@ OutOption = Annotated[
 WorkOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIRECTORY", help="Write finished blocks here; a run that was interrupted continues from them."
+        metavar="DIRECTORY",
+        help="Write finished blocks, or of ONNX files what calibration found, here; an interrupted run continues.",
     ),
 ]
 CoverageOption = Annotated[

@@ -6,6 +6,7 @@ import hashlib
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,44 @@ def _as_target(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float32))
 
 
+@dataclass(frozen=True)
+class MappedArray:
+    """An array in a file, of which only rows that are asked for are read.
+
+    It is mapped anew for every row or slice: pages of a mapping that stays count as memory of the process.
+
+    Args:
+        path: of the file.
+        dtype: of the numbers.
+        shape: [samples, ...].
+        offset: of the first number, in bytes.
+        order: "C" or "F".
+    """
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    order: Any
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        whole = np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=self.shape, order=self.order)
+        return np.array(whole[rows])
+
+
 def open_arrays(
     path: str | Path, preprocessing: Preprocessing | None = None, *, batch_size: int = 32, limit: int | None = None
 ) -> ArrayBatches:
@@ -109,7 +148,7 @@ def open_arrays(
     return ArrayBatches(inputs_given, labels, preprocessing, batch_size=batch_size, limit=limit)
 
 
-def _samples(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+def _samples(path: Path, name: str, array: Any) -> Any:
     """`array` after a look at whether it can be samples."""
     if array.dtype.kind not in "fiub":
         raise DataError(f"{path}: array {name!r} is of {array.dtype}, not of numbers")
@@ -118,7 +157,7 @@ def _samples(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _arrays_of(path: Path) -> dict[str, np.ndarray]:
+def _arrays_of(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")
     try:
@@ -135,7 +174,7 @@ def _arrays_of(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path} is not a readable numpy file: {error}") from None
 
 
-def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
     """One array of an archive: mapped where it lies there as it is, read where it is compressed."""
     name = member.filename.removesuffix(".npy")
     with archive.open(member) as file:
@@ -149,13 +188,12 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np
         return _mapped(path, name, file, member.file_size, member.header_offset + _LOCAL_HEADER + sum(lengths))
 
 
-def _mapped(path: Path, name: str, file: Any, size: int, start: int) -> np.ndarray:
+def _mapped(path: Path, name: str, file: Any, size: int, start: int) -> Any:
     """The array whose header `file` begins with, and which begins at `start` of the file at `path`."""
     shape, fortran, dtype = _header(path, name, file, size)
     if prod(shape) == 0:  # nothing cannot be mapped
         return np.empty(shape, dtype)
-    order: Any = "F" if fortran else "C"
-    return np.memmap(path, dtype, mode="r", offset=start + file.tell(), shape=shape, order=order)
+    return MappedArray(path, dtype, shape, start + file.tell(), "F" if fortran else "C")
 
 
 def _header(path: Path, name: str, file: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -5,6 +5,7 @@ Weights in external data stay on disk, memory-mapped, until they are asked for.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from math import prod
@@ -24,6 +25,7 @@ LARGE = 2**30
 _SMALLEST_EXTERNAL = 1024
 # Tags of protobuf: ModelProto.graph is field 7, GraphProto.initializer 5, TensorProto.raw_data 9, each with a length.
 _GRAPH_FIELD, _INITIALIZER_FIELD, _RAW_DATA_FIELD = b"\x3a", b"\x2a", b"\x4a"
+_NO_VERSION = 2**31
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -57,7 +59,7 @@ def read_onnx(source: Any) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.graph.node:
         raise ModelError(f"{name} is not an ONNX model: its graph has no node")
-    _check_graph(proto.graph, set(), name)
+    _check_graph(proto.graph, set(), name, _context(proto, name))
     try:
         model = ir.from_proto(proto)
         list(model.graph.all_nodes())
@@ -66,7 +68,19 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     return model
 
 
-def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
+def _context(proto: onnx.ModelProto, name: str) -> Any:
+    """Versions by which onnx checks nodes."""
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if not all(isinstance(domain, str) for domain in versions) or not all(
+        0 <= version < _NO_VERSION for version in (proto.ir_version, *versions.values())
+    ):
+        raise ModelError(f"{name}: IR version {proto.ir_version} and opsets {versions} are no versions; it is damaged")
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version, context.opset_imports = proto.ir_version, versions
+    return context
+
+
+def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str, context: Any) -> None:
     """Every value that a node reads is there before it: the graph has no cycle and no loose end."""
     known = outer | {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     known |= {tensor.values.name for tensor in graph.sparse_initializer}
@@ -83,10 +97,29 @@ def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
                 )
         for attribute in node.attribute:
             for inside in [attribute.g, *attribute.graphs] if attribute.type in _GRAPHS else ():
-                _check_graph(inside, known, where)
+                _check_graph(inside, known, where, context)
+        _check_node(node, where, context)
         known |= set(node.output)
     if loose := [value.name for value in graph.output if value.name not in known]:
         raise ModelError(f"{where}: no node gives the output {loose[0]!r}; the file is damaged")
+
+
+def _check_node(node: onnx.NodeProto, where: str, context: Any) -> None:
+    """A standard operator has the inputs and attributes that its definition says.
+
+    ONNX Runtime refuses other nodes with the same check. Graphs inside of a node are walked by `_check_graph`: onnx's
+    own walk does not know the values around them.
+    """
+    if node.domain not in ("", "ai.onnx") or any(attribute.type in _GRAPHS for attribute in node.attribute):
+        return
+    try:
+        onnx.checker.check_node(node, context)
+    except (onnx.checker.ValidationError, ValueError) as error:  # the latter where its own words are no text
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"{where}: node {node.name!r} ({node.op_type}) is not what ONNX defines: {said:.300}; the file is damaged, "
+            "or of a newer ONNX"
+        ) from None
 
 
 def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
@@ -131,12 +164,19 @@ def _check_external(model: ir.Model, path: Path) -> None:
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         location = str(tensor.location)
+        if "\0" in location:
+            raise ModelError(f"{path}: tensor {tensor.name!r} is in {location!r}, which no file can be called")
         target = folder / location
         if Path(location).is_absolute() or not target.resolve().is_relative_to(folder.resolve()):
             raise ModelError(f"{path}: tensor {tensor.name!r} wants {location!r}, which is outside the model's folder")
         if not target.is_file():
             raise ModelError(
                 f"{path}: the data of tensor {tensor.name!r} is in {location!r}, and there is no such file"
+            )
+        if target.stat().st_nlink > 1:
+            raise ModelError(
+                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, which has {target.stat().st_nlink} "
+                "hard links: it may be a file of another folder; copy it, and put the copy in its place"
             )
         offset = tensor.offset or 0
         length = tensor.length if tensor.length is not None else tensor.nbytes
@@ -154,8 +194,8 @@ def is_large(size: int) -> bool:
 
 
 def stored_size(model: ir.Model) -> int:
-    """Bytes of all constants."""
-    return sum(int(tensor.nbytes) for tensor in tensors_of(model))
+    """Bytes of all constants but texts."""
+    return sum(int(tensor.nbytes) for tensor in tensors_of(model) if tensor.dtype != ir.DataType.STRING)
 
 
 def write_onnx(model: ir.Model, path: str | Path) -> list[Path]:
@@ -231,3 +271,31 @@ def _varint(number: int) -> bytes:
         found.append(number & 127 | 128)
         number >>= 7
     return bytes([*found, number])
+
+
+class _Hash:
+    """A file of which only the hash is kept."""
+
+    def __init__(self) -> None:
+        self.sum = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """Take in some bytes."""
+        self.sum.update(content)
+        return len(content)
+
+
+def hash_of(model: ir.Model) -> str:
+    """SHA-256 of a graph and of the numbers of all its constants, read one after another."""
+    rest, found = model.clone(), _Hash()
+    for name, value in list(rest.graph.initializers.items()):
+        tensor: Any = value.const_value
+        if tensor is None or not _is_numbers(value):
+            continue
+        found.write(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        tensor.tofile(found)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+        del rest.graph.initializers[name]
+    found.write(ir.to_proto(rest).SerializeToString(deterministic=True))
+    return found.sum.hexdigest()

@@ -85,7 +85,11 @@ def hollow(model: ir.Model) -> Iterator[ir.Model]:
 
 
 def _spoolable(tensor: Any) -> bool:
-    return bool(tensor.nbytes >= SMALLEST_SPOOLED) and tensor.dtype != ir.DataType.STRING
+    return bool(tensor.dtype != ir.DataType.STRING and tensor.nbytes >= SMALLEST_SPOOLED)
+
+
+def _is_big(tensor: Any) -> bool:
+    return tensor is not None and bool(tensor.dtype != ir.DataType.STRING and tensor.nbytes > _KEPT_FOR_CONVERTER)
 
 
 def without_weights(model: ir.Model, work: Callable[[onnx.ModelProto], onnx.ModelProto]) -> ir.Model:
@@ -102,7 +106,7 @@ def without_weights(model: ir.Model, work: Callable[[onnx.ModelProto], onnx.Mode
     were_inputs = {str(value.name) for value in graph.inputs}
     tensors = {}
     for name, value in list(graph.initializers.items()):
-        if value.const_value is None or value.const_value.nbytes <= _KEPT_FOR_CONVERTER:
+        if not _is_big(value.const_value):
             continue
         tensors[name] = value.const_value
         value.shape = ir.Shape(value.const_value.shape)

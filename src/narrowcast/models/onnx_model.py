@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrowcast.core import PerGroup, QuantizedTensor, QuantSpec
-from narrowcast.data import Batch, iterate
+from narrowcast.data import iterate
 from narrowcast.errors import DataError
 from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models import onnx_targets as targets
@@ -25,12 +25,13 @@ from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_large import released, spool_for
 from narrowcast.models.onnx_layers import KINDS, Use, attribute, find_layers, find_uses
 from narrowcast.models.onnx_portable import Portable
-from narrowcast.models.onnx_prepare import prepare
+from narrowcast.models.onnx_prepare import constants_only, prepare
 from narrowcast.models.onnx_recurrent import Halves
 from narrowcast.models.onnx_rewrite import with_constant
-from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, with_opset
-from narrowcast.models.onnx_session import OnnxModule, Watching, feeds_of
+from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, opset_of, with_opset
+from narrowcast.models.onnx_session import OnnxModule, feeds_of
 from narrowcast.models.onnx_static import Placement, place, put
+from narrowcast.models.onnx_watch import Watching
 from narrowcast.nn import Activation
 
 # Patches of an image tell much the same: about so many of each are given to watchers of vectors.
@@ -52,6 +53,16 @@ class Written:
     bias: Any = None
 
 
+class Progress(Protocol):
+    """What goes along with a pass over the data and knows how much of it was seen in an earlier one."""
+
+    def has(self, feeds: Mapping[str, Any], seen: Observation) -> bool:
+        """Whether the next batch was seen; the observation is then set to what it was after that."""
+
+    def took(self, seen: Observation) -> None:
+        """The batch is done."""
+
+
 class OnnxModel(ModelAdapter):
     """An ONNX graph as the pipeline sees it.
 
@@ -67,10 +78,13 @@ class OnnxModel(ModelAdapter):
     ) -> None:
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
-        model, note = with_opset(self.original.graph.clone(), BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        had, copy = opset_of(self.original.graph), self.original.graph.clone()
+        notes = constants_only(copy)
+        model, note = with_opset(copy, BLOCKED_OPSET if blocked else PER_AXIS_OPSET)
+        self.converted = (had, opset_of(model)) if note else None
         if blocked:
             model.ir_version = max(model.ir_version, BLOCKED_IR)
-        self.notes = [note] if note else []
+        self.notes = ([note] if note else []) + notes
         self.notes += prepare(model, fold_batchnorm=fold_batchnorm)
         self.model = OnnxModule(model, self.name)
         self._found = find_uses(model)
@@ -181,7 +195,7 @@ class OnnxModel(ModelAdapter):
 
     def observe(
         self, data: Any, watchers: Mapping[str, Iterable[Watcher]],
-        values: Mapping[str, Iterable[Callable[[Tensor], None]]] | None = None,
+        values: Mapping[str, Iterable[Callable[[Tensor], None]]] | None = None, progress: Progress | None = None,
     ) -> Observation:  # fmt: skip
         """See `ModelAdapter`; `values` watches further values of the main graph, by name.
 
@@ -198,24 +212,17 @@ class OnnxModel(ModelAdapter):
         watching: Watching | None = None
         for batch in iterate(data, self.model):
             feeds = feeds_of(self.model.declared, self.model.input_names, batch.args, batch.kwargs)
-            watching = watching or self._watching(list(listening), batch, feeds)
-            for name, value in watching.run(feeds):
-                _tell(name, value, listening[name], seen.batches)
+            if progress is None or not progress.has(feeds, seen):
+                watching = watching or Watching(self.graph, list(listening), feeds, batch.samples)
+                for piece in watching.pieces(feeds, batch.samples):
+                    for name, value in watching.run(piece):
+                        _tell(name, value, listening[name], seen.batches)
             seen.batches += 1
+            if progress is not None:
+                progress.took(seen)
             if batch.note and batch.note not in seen.notes:
                 seen.notes.append(batch.note)
         return seen
-
-    def _watching(self, names: list[str], batch: Batch, feeds: Mapping[str, Any]) -> Watching:
-        """A session that shows these values, so many at a time as fit; a batch of one row tells how large they are."""
-        watching = Watching(self.graph, names)
-        one = {name: array[:1] if array.shape[:1] == (batch.samples,) else array for name, array in feeds.items()}
-        try:
-            sizes = {name: value.nbytes * batch.samples for name, value in watching.run(one)}
-        except DataError:  # the number of rows is part of the graph
-            sizes = {name: value.nbytes for name, value in watching.run(feeds)}
-        watching.split(sizes)
-        return watching
 
     def build(self, path: str, weights: Mapping[str, QuantizedTensor], activation: Activation) -> Written:
         """See `ModelAdapter`."""

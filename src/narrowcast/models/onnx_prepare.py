@@ -14,6 +14,9 @@ from narrowcast.models.onnx_recurrent import fold_weights
 from narrowcast.models.onnx_scribe import Scribe
 from narrowcast.transforms import BatchNormStatistics, fold_batchnorm
 
+# The IR version since which a constant need not be an input, and the one that goes with opset 13.
+_FREE_CONSTANTS_IR, _PER_AXIS_IR = 4, 7
+
 
 def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     """Bring a model into the form that quantizing expects, in place; returns notes.
@@ -57,6 +60,23 @@ def fold_shapes(model: ir.Model) -> None:
         value.replace_all_uses_with(scribe.constant(np.array(sides, np.int64), f"{value.name}_constant"))
         assert node.graph is not None
         node.graph.remove(node, safe=True)
+
+
+def constants_only(model: ir.Model) -> list[str]:
+    """Take constants out of the graph's inputs, in place, where the file is of a time when all had to be there.
+
+    Where only some are, that is on purpose: a caller may pass others.
+    """
+    initializers, inputs = model.graph.initializers, model.graph.inputs
+    both = [value for value in inputs if value.name in initializers]
+    if not both or (len(both) < len(initializers) and model.ir_version >= _FREE_CONSTANTS_IR):
+        return []
+    for value in both:
+        inputs.remove(value)
+    model.ir_version = max(model.ir_version, _PER_AXIS_IR)
+    return [
+        f"{len(both)} constants were inputs of the graph as well, as old files have it; they are constants only now"
+    ]
 
 
 def _name_nodes(model: ir.Model) -> None:

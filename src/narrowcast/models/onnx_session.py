@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from narrowcast.errors import DataError, ModelError
 from narrowcast.models.onnx_file import is_large, read_onnx, tensors_of, write_onnx
 
-# Values that are watched leave the graph as outputs; about so many bytes of them are held at once.
-WATCHED_BYTES = 256 * 2**20
 # Where ONNX Runtime looks for the files of weights of a model that it gets as bytes.
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _DTYPES = {
@@ -28,12 +26,13 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def open_session(model: ir.Model, *, optimized: Path | None = None) -> Any:
+def open_session(model: ir.Model, *, optimized: Path | None = None, frugal: bool = False) -> Any:
     """A session of ONNX Runtime on the CPU with as many threads as torch has.
 
     Args:
         model: not changed.
         optimized: where ONNX Runtime is to write the graph that it will run; None for nowhere.
+        frugal: give memory back after every run, and be a little slower.
 
     Raises:
         ModelError: ONNX Runtime refuses the model; its words are in the message.
@@ -42,6 +41,7 @@ def open_session(model: ir.Model, *, optimized: Path | None = None) -> Any:
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not frugal
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -236,54 +236,3 @@ def run_session(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str,
     except Exception as error:  # as above: many classes without a common base
         shapes = {name: (str(array.dtype), array.shape) for name, array in feeds.items()}
         raise DataError(f"the inputs {shapes} do not run through the model: {error!s:.500}") from None
-
-
-class Watching:
-    """Runs a model so that values inside its graph are seen, a bounded number of bytes at a time.
-
-    Args:
-        model: not changed.
-        names: of the values.
-    """
-
-    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
-        inputs = {str(value.name) for value in model.graph.inputs}
-        self.names = list(names)
-        self.parts = [[name for name in names if name not in inputs]]
-        self.session = open_session(with_outputs(model, self.names))
-
-    def split(self, sizes: Mapping[str, int]) -> None:
-        """Show as many values per run as have `WATCHED_BYTES` together, at least one; `sizes` in bytes for a batch."""
-        parts: list[list[str]] = []
-        held = 0
-        for name in [name for part in self.parts for name in part]:
-            held += sizes[name]
-            if not parts or held > WATCHED_BYTES:
-                parts.append([])
-                held = sizes[name]
-            parts[-1].append(name)
-        self.parts = parts
-
-    def run(self, feeds: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Every watched value with its name."""
-        yield from ((name, torch.from_numpy(feeds[name])) for name in self.names if name in feeds)
-        for part in filter(None, self.parts):  # asked for nothing, a session gives everything
-            yield from zip(part, map(torch.from_numpy, run_session(self.session, part, feeds)), strict=True)
-
-
-def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of a model whose outputs are these values of its main graph, besides its own."""
-    copy = model.clone()
-    graph = copy.graph
-    values = {str(value.name): value for value in graph.inputs}
-    for node in graph:
-        values |= {str(value.name): value for value in node.outputs}
-    present = {str(value.name) for value in graph.outputs}
-    for name in names:
-        if name in present or name in {str(value.name) for value in graph.inputs}:
-            continue
-        value = values[name]
-        if value.type is None:
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-        graph.outputs.append(value)
-    return copy

@@ -15,17 +15,19 @@ from torch import Tensor
 from narrowcast.core import PerGroup, QuantizedTensor, QuantSpec, choose_scale
 from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
-from narrowcast.models.onnx_file import stored_size
+from narrowcast.models.onnx_file import hash_of, stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
-from narrowcast.models.onnx_verdict import Kernel, kernels_of, node_verdicts, optimized_graph, other_operators
+from narrowcast.models.onnx_verdict import Kernel, kernels_of, node_verdicts, other_operators
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, Observer, make_observer
 from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
+from narrowcast.pipeline.onnx_check import check_conversion, graph_that_runs
 from narrowcast.pipeline.onnx_in_order import OnTwin, solve_on_twin, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
+from narrowcast.pipeline.onnx_statistics import Statistics
 from narrowcast.pipeline.onnx_transform import transform_onnx
 from narrowcast.pipeline.result import Quantized, totals_of
 from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
@@ -68,6 +70,7 @@ class _Job:
     plan: Plan
     calibration: Calibration = field(default_factory=Calibration)
     values: dict[str, Observer] = field(default_factory=dict)
+    observers: dict[str, str] = field(default_factory=dict)
     means: dict[str, ChannelMean] = field(default_factory=dict)
     solved: dict[str, SolvedWeight] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -112,9 +115,11 @@ def plan_onnx(model: Any, recipe: Recipe) -> Plan:
 
 def quantize_onnx(
     model: Any, recipe: str | Path | Mapping[str, Any] | Recipe, data: Any = None, *, strict: bool = False,
-    min_coverage: float = 0.0, progress: bool = True,
+    min_coverage: float = 0.0, progress: bool = True, resume: str | Path | None = None,
 ) -> Quantized:  # fmt: skip
     """Quantize an ONNX model; arguments, result and errors are those of `nc.quantize`.
+
+    `resume` is a directory of calibration statistics: an interrupted pass goes on there, a finished one is reused.
 
     Returns:
         `.model` answers like the float model, by ONNX Runtime; `nc.save` writes it as an .onnx file.
@@ -131,15 +136,16 @@ def quantize_onnx(
     check_has_data(job.plan, data)
     check_plan(job.plan, strict=strict, min_coverage=min_coverage)
     check_weights(adapter, job.plan)
+    check_conversion(adapter, probe)
     transformed = transform_onnx(adapter, job.plan, data, probe)
     twin, why = twin_for_solving(adapter, job.plan, data, probe)
-    _observe(job, batches, () if twin is None else twin.paths, progress=progress)
+    _observe(job, batches, () if twin is None else twin.paths, resume, progress=progress)
     if twin is not None:
         job.on_twin = solve_on_twin(adapter, twin, job.plan, data, job.values, progress=progress)
     job.on_twin.notes += why
     _solve(job, progress=progress)
     adapter.finish()
-    runs = optimized_graph(adapter.graph)
+    runs, unchecked = graph_that_runs(adapter)
     kernels = kernels_of(runs, adapter.codes)
     rows = outcomes(job, kernels)
     verdict = _judge(adapter, probe)
@@ -148,7 +154,7 @@ def quantize_onnx(
         bytes_after=stored_size(adapter.graph), seconds=time.perf_counter() - started,
     )  # fmt: skip
     notes = [*adapter.notes, *transformed.notes, *job.on_twin.notes, *job.calibration.observation.notes]
-    notes += [*_notes(kernels), *_left_in_float(runs)]
+    notes += [*unchecked, *_notes(kernels), *_left_in_float(runs)]
     report = Report(loaded.name, adapter.name, rows, totals, notes, transformed.changes)
     if strict:
         refuse([f"{row.layer}: fell back: {row.reason}" for row in rows if row.outcome == "fell back"])
@@ -176,7 +182,9 @@ def _left_in_float(graph: Any) -> list[str]:
     return notes
 
 
-def _observe(job: _Job, batches: Any, solved_later: Collection[str], *, progress: bool) -> None:
+def _observe(
+    job: _Job, batches: Any, solved_later: Collection[str], resume: str | Path | None, *, progress: bool
+) -> None:
     """One pass over the data with what the plan needs of it; a Hessian too, of nodes that are not solved later."""
     adapter, calibration = job.adapter, job.calibration
     if batches is None:
@@ -193,20 +201,49 @@ def _observe(job: _Job, batches: Any, solved_later: Collection[str], *, progress
             calibration.magnitudes[path], job.means[path] = ChannelMagnitude(), ChannelMean()
             watchers[path] = [thinned(calibration.magnitudes[path].update), job.means[path].update]
             if is_static(row) and row.input is not None:
-                texts.setdefault(adapter.input_value(path), row.input.observer)
+                _ask(job, texts, adapter.input_value(path), row)
             if "hessian" in needs_of(row) and path not in solved_later and adapter.shows_rows(path):
                 squares[path] = _watch_rows(adapter, path, values)
-    for name in adapter.place_ranges(job.static_paths()):
-        observer = job.values[name] = make_observer(texts.get(name) or next(iter(texts.values())))
+    names = adapter.place_ranges(job.static_paths())
+    asked = {adapter.placement.source(name): text for name, text in texts.items()}
+    for name in names:
+        text = job.observers[name] = asked.get(name) or next(iter(texts.values()))
+        observer = job.values[name] = make_observer(text)
         values.setdefault(name, []).append(observer.update)
+    items = _learners(job, squares)
+    statistics = None if resume is None else Statistics(resume, hash_of(adapter.graph), items)
     with progress_steps("calibrating", 1, enabled=progress) as step:
-        calibration.observation = adapter.observe(batches, watchers, values)
+        calibration.observation = adapter.observe(batches, watchers, values, statistics)
         step("")
+    if statistics is not None:
+        calibration.observation.notes += statistics.finish(calibration.observation)
     for path, hessian in squares.items():
         if hessian.samples:
             calibration.evidence[path] = Evidence(hessian.samples, hessian.result())
     for path in job.static_paths():
         calibration.ranges[path] = job.values[adapter.placement.source(adapter.input_value(path))]
+
+
+def _ask(job: _Job, texts: dict[str, str], name: str, row: LayerPlan) -> None:
+    """Note which observer a layer wants for its input; a value has one range, and the first layer's wish counts."""
+    assert row.input is not None
+    first = texts.setdefault(name, row.input.observer)
+    if first != row.input.observer:
+        job.adapter.notes.append(
+            f"{row.layer.name}: its input {name!r} is another layer's too, which asks for {first} and not for "
+            f"{row.input.observer}; one value has one range, by {first}"
+        )
+
+
+def _learners(job: _Job, hessians: Mapping[str, GroupedHessian]) -> dict[str, Any]:
+    """Everything that learns from the pass, by a name that says what it is."""
+    named: dict[str, Mapping[str, Any]] = {
+        "magnitude": job.calibration.magnitudes,
+        "mean": job.means,
+        "hessian": hessians,
+    }
+    items = {f"{kind} {path}": item for kind, found in named.items() for path, item in found.items()}
+    return items | {f"range {name} {job.observers[name]}": item for name, item in job.values.items()}
 
 
 def _watch_rows(adapter: OnnxModel, path: str, values: dict[str, list[Any]]) -> GroupedHessian:
@@ -275,7 +312,7 @@ def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) 
 
 def _without_values(record: QuantizedTensor) -> QuantizedTensor:
     """The same record without the memory of its tensors."""
-    tensors = {name: part.to("meta") for name, part in vars(record).items() if isinstance(part, Tensor)}
+    tensors: dict[str, Any] = {name: part.to("meta") for name, part in vars(record).items() if isinstance(part, Tensor)}
     return replace(record, **tensors)
 
 

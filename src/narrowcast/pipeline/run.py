@@ -73,7 +73,8 @@ def quantize(
         inplace: change `model` itself, and save the memory of a second set of weights.
         progress: show progress on standard error.
         resume: a directory in which every finished block is written down; a run that was interrupted goes on from
-            there with the same result. Of use where the recipe's methods work block after block.
+            there with the same result. Of use where the recipe's methods work block after block. Of an ONNX model the
+            statistics of calibration are written there; a later run on the same model and data reuses them.
 
     Returns:
         The quantized model in evaluation mode, with its report; of an ONNX model one that ONNX Runtime answers for.
@@ -108,14 +109,12 @@ def quantize(
 def _quantize_onnx(
     model: Any, recipe: Any, data: Any, strict: bool, min_coverage: float, inplace: bool, progress: bool, resume: Any
 ) -> Quantized:
-    if inplace or resume is not None:
-        raise ModelError(
-            "ONNX files are quantized neither in place nor block after block; leave out inplace and resume"
-        )
+    if inplace:
+        raise ModelError("ONNX models are not changed in place; leave out inplace")
     require_onnx()
     road = importlib.import_module("narrowcast.pipeline.onnx_run")
     done: Quantized = road.quantize_onnx(
-        model, recipe, data, strict=strict, min_coverage=min_coverage, progress=progress
+        model, recipe, data, strict=strict, min_coverage=min_coverage, progress=progress, resume=resume
     )
     return done
 
