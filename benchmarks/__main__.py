@@ -23,6 +23,7 @@ BENCHMARKS = (
     "qat_decoder",
     "adapters",
     "onnx_memory",
+    "onnx_fuzz",
 )
 
 

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")
 
-from benchmarks import onnx_fuzz
+from benchmarks import onnx_fuzz, onnx_mutations
 from tests.onnx_files import graphs
 
 import narrowcast as nc
@@ -120,13 +120,13 @@ def test_a_node_that_onnx_does_not_define_so_is_named(tmp_path: Path) -> None:
 
 
 def test_files_with_mutated_fields_end_in_a_plan_or_a_clear_error_and_nothing_is_written(tmp_path: Path) -> None:
-    folder, models, planned = onnx_fuzz.prepare_folder(tmp_path), onnx_fuzz.seeds(), 0
+    folder, models, planned = onnx_fuzz.prepare_folder(tmp_path), onnx_mutations.seeds(), 0
     path = folder / "model.onnx"
     path.touch()
     present = sorted(tmp_path.rglob("*"))
     for index in range(120):
         chance = random.Random(index)
-        path.write_bytes(onnx_fuzz.mutated(chance.choice(models), chance)[0])
+        path.write_bytes(onnx_mutations.mutated(chance.choice(models), chance)[0])
         try:
             nc.plan(path, "weight-int8")
             planned += 1

@@ -197,6 +197,18 @@ def test_transposed_convolutions_keep_every_attribute(recipe: str) -> None:
     assert result.report.layers[0].type == "ConvTranspose2d"
 
 
+@pytest.mark.parametrize("weight", ["int4/channel/asym", "int4/group16/asym"])
+def test_solved_kernels_of_transposed_convolutions_are_not_turned_round(weight: str) -> None:
+    node = helper.make_node("ConvTranspose", ["x", "up.weight"], ["y"], strides=[2, 2])
+    model = graphs.model(
+        [node], [graphs.value("x", ["n", 32, "h", "w"])], [graphs.value("y", ["n", 8, "a", "b"])],
+        [graphs.constant(graphs.normal(32, 8, 3, 3), "up.weight")],
+    )  # fmt: skip
+    images = graphs.normal(16, 32, 5, 7)
+    _, near = quantized(model, {"rule": [{"weight": weight, "method": "gptq"}]}, [images], x=images)
+    assert near > 15
+
+
 def test_sides_without_a_number_stay_without_one() -> None:
     conv = helper.make_node("Conv", ["x", "c.weight"], ["y"], pads=[1] * 4)
     model = graphs.model([conv], [graphs.value("x", ["n", 3, "h", "w"])], [graphs.value("y", ["n", 8, "h", "w"])],

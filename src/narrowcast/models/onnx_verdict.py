@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from narrowcast.errors import ModelError
 from narrowcast.models.onnx_file import is_large, stored_size
 from narrowcast.models.onnx_large import hollow
 from narrowcast.models.onnx_portable import risk_in_graph
@@ -88,6 +89,36 @@ def optimized_graph(model: ir.Model) -> onnx.GraphProto:
         path = Path(folder) / "optimized.onnx"
         open_session(copy, optimized=path)
         return onnx.load_model(path, load_external_data=not is_large(stored_size(model))).graph
+
+
+def graph_that_runs(model: ir.Model, original: ir.Model) -> tuple[onnx.GraphProto, list[str]]:
+    """The graph that ONNX Runtime makes of what was quantized, and notes.
+
+    A file that ONNX Runtime could not open before has operators of somebody else's; its own graph stands in.
+
+    Args:
+        model: what was quantized.
+        original: what it was made of.
+
+    Raises:
+        ModelError: ONNX Runtime opens the original, and not what was made of it.
+    """
+    try:
+        return optimized_graph(model), []
+    except ModelError as error:
+        if _opens(original):
+            raise
+        with hollow(model) as copy:
+            graph = ir.to_proto(copy).graph
+        return graph, [f"what ONNX Runtime runs was not checked, as it does not open the float model either: {error}"]
+
+
+def _opens(model: ir.Model) -> bool:
+    try:
+        optimized_graph(model)
+    except ModelError:
+        return False
+    return True
 
 
 def kernels_of(graph: onnx.GraphProto, constants: Mapping[str, str]) -> dict[str, Kernel]:

@@ -1,18 +1,14 @@
-"""What is held against the float ONNX file: its conversion to another opset, and what ONNX Runtime can open at all."""
+"""Holding the conversion of an ONNX file to another opset against the file itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import onnx
-import onnx_ir as ir
 import torch
 
 from narrowcast.core import sqnr_db
 from narrowcast.errors import ModelError
-from narrowcast.models.onnx_large import hollow
 from narrowcast.models.onnx_model import OnnxModel
-from narrowcast.models.onnx_verdict import optimized_graph
 from narrowcast.pipeline.judge import first_tensor
 
 # Float32 rounding of a network in another order of operations; below it, the function is another one.
@@ -48,29 +44,3 @@ def check_conversion(adapter: OnnxModel, probe: Any) -> None:
             f"on the first batch its answer is that of the original to {same:.0f} dB"
         )  # fmt: skip
     adapter.notes[0] = f"{adapter.notes[0]}; {said}"
-
-
-def graph_that_runs(adapter: OnnxModel) -> tuple[onnx.GraphProto, list[str]]:
-    """The graph that ONNX Runtime makes of what was quantized, and notes.
-
-    A file that ONNX Runtime could not open before has operators of somebody else's; its own graph stands in.
-
-    Raises:
-        ModelError: ONNX Runtime opens the original, and not what was made of it.
-    """
-    try:
-        return optimized_graph(adapter.graph), []
-    except ModelError as error:
-        if _opens(adapter.original.graph):
-            raise
-        with hollow(adapter.graph) as copy:
-            graph = ir.to_proto(copy).graph
-        return graph, [f"what ONNX Runtime runs was not checked, as it does not open the float model either: {error}"]
-
-
-def _opens(model: ir.Model) -> bool:
-    try:
-        optimized_graph(model)
-    except ModelError:
-        return False
-    return True

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
+from narrowcast.core import PerChannel, PerTensor
 from narrowcast.data import repeatable
 from narrowcast.errors import DataError, ModelError
 from narrowcast.models import TorchModel
+from narrowcast.models.onnx_layers import Use
 from narrowcast.models.onnx_model import OnnxModel
 from narrowcast.models.onnx_twin import Twin
 from narrowcast.observers import Observer
@@ -33,6 +36,7 @@ class OnTwin:
         inputs: by name of the weight, the treatment of its input as the report says it.
         biases: by name of a node, its corrected bias.
         ranges: by name of a value, scale and zero point of its codes.
+        rounded: by name of a weight that is to be rounded to nearest as the graph has it, why.
         notes: for the report.
     """
 
@@ -40,6 +44,7 @@ class OnTwin:
     inputs: dict[str, str] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     ranges: dict[str, tuple[float, int]] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -108,7 +113,7 @@ def solve_on_twin(
         if row.weight is not None:
             _take(done, job, row, twin, sources)
     for row in plan.layers:
-        if why := _barred(row, twin):
+        if row.layer.name in done.solved and (why := _barred(row, twin)):
             done.solved[row.layer.name] = replace(done.solved[row.layer.name], fallback=why)
     return done
 
@@ -131,10 +136,29 @@ def _shared(work: TorchModel, sources: dict[str, str]) -> SharedRanges:
     return shared
 
 
+def _turned(solved: SolvedWeight, use: Use | None) -> SolvedWeight | None:
+    """The codes with their columns as the graph has them; None where groups of columns would not be the same.
+
+    Torch's matrix of a transposed convolution has every kernel turned round, the matrix of the graph has not.
+    """
+    shape = () if use is None or use.op != "ConvTranspose" else tuple(use.weight.const_value.shape)[2:]
+    if prod(shape) == 1:
+        return solved
+    if not isinstance(solved.record.spec.granularity, PerChannel | PerTensor):
+        return None
+    codes = solved.record.codes
+    turned = codes.reshape(codes.shape[0], -1, *shape).flip(*range(2, 2 + len(shape))).reshape(codes.shape)
+    return replace(solved, record=replace(solved.record, codes=turned))
+
+
 def _take(done: OnTwin, job: Job, row: LayerPlan, twin: Twin, sources: dict[str, str]) -> None:
     """What has become of one weight."""
     name = row.layer.name
-    done.solved[name] = job.solved[name]
+    solved = _turned(job.solved[name], twin.made[row.layer.sites[0].path].use)
+    if solved is None:
+        done.rounded[name] = "in torch other columns of a ConvTranspose share scales, so nothing solved there fits"
+        return
+    done.solved[name] = solved
     done.inputs[name] = job.modules[speaker(row.layer)][0].treatment[1]
     for site in row.layer.sites:
         built = job.modules[site.path][0]

@@ -17,14 +17,14 @@ from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import hash_of, stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
-from narrowcast.models.onnx_verdict import Kernel, kernels_of, node_verdicts, other_operators
+from narrowcast.models.onnx_verdict import Kernel, graph_that_runs, kernels_of, node_verdicts, other_operators
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, Observer, make_observer
 from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
 from narrowcast.pipeline.judge import Verdict, judge_calls
-from narrowcast.pipeline.onnx_check import check_conversion, graph_that_runs
+from narrowcast.pipeline.onnx_check import check_conversion
 from narrowcast.pipeline.onnx_in_order import OnTwin, solve_on_twin, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
 from narrowcast.pipeline.onnx_statistics import Statistics
@@ -145,7 +145,7 @@ def quantize_onnx(
     job.on_twin.notes += why
     _solve(job, progress=progress)
     adapter.finish()
-    runs, unchecked = graph_that_runs(adapter)
+    runs, unchecked = graph_that_runs(adapter.graph, adapter.original.graph)
     kernels = kernels_of(runs, adapter.codes)
     rows = outcomes(job, kernels)
     verdict = _judge(adapter, probe)
@@ -268,14 +268,23 @@ def _solve(job: _Job, *, progress: bool) -> None:
             speaker = (consumers or list(row.layer.sites))[0].path
             (activation, text), *_ = activations_of(adapter, row, speaker, job.calibration)
             job.inputs[row.layer.name] = job.on_twin.inputs.get(row.layer.name, text)
-            solved = job.on_twin.solved.get(row.layer.name)
-            solved = solved or solve_weight(adapter, row, job.calibration, activation)
+            solved = job.on_twin.solved.get(row.layer.name) or _solve_alone(job, row, activation)
             job.solved[row.layer.name] = solved
             for site in row.layer.sites:
                 _write(job, row, site.path, solved, activation if site in consumers else Activation(), ranges)
             job.solved[row.layer.name] = replace(solved, record=_without_values(solved.record))  # it is written
             step(row.layer.name)
     adapter.put_ranges(job.static_paths(), ranges)
+
+
+def _solve_alone(job: _Job, row: LayerPlan, activation: Activation) -> SolvedWeight:
+    """A weight that was not solved on a twin."""
+    why = job.on_twin.rounded.get(row.layer.name, "")
+    asked = replace(row, method={"rtn": {}}) if why else row
+    solved = solve_weight(job.adapter, asked, job.calibration, activation)
+    if not why:
+        return solved
+    return replace(solved, notes=(*solved.notes, why)) if row.chosen else replace(solved, fallback=why)
 
 
 def _write(

@@ -5,8 +5,8 @@ float model, or of the model whose earlier blocks are quantized. It moves on by 
 before, where the next block's inputs are known to follow from that, and otherwise by running the model up to the
 next block. Both give the same tensors, bit for bit.
 
-Memory: the inputs of one block for every kept call, and its outputs while it moves on. `keep` bounds the calls: at
-most 512 rows (images, sequences), and no more than fit 2 GiB at the widest block.
+Memory: the inputs of one block for every kept call, and its outputs while it moves on. The kept calls are bounded: at
+most 1024 rows (images, sequences), and no more than fit 2 GiB at the widest block; they are spread over the data.
 """
 
 from __future__ import annotations
@@ -67,15 +67,37 @@ def fresh(values: Any) -> Any:
 
 @dataclass
 class Recording:
-    """Calls of the model.
+    """Calls of the model, spread over all there were: data in an order (images by class) begins with a part of itself.
+
+    Kept are calls whose numbers are multiples of a stride. Where they come to be too many the stride doubles, and every
+    call that is kept from then on takes the place of the first that is no multiple of it.
 
     Args:
-        calls: the first ones, at most `MOST_ROWS` rows.
+        calls: at most `MOST_ROWS` rows of them, at least one.
         total: how many there were.
     """
 
     calls: list[Call] = field(default_factory=list)
     total: int = 0
+    _numbers: list[int] = field(default_factory=list)
+    _stride: int = 1
+
+    def add(self, make: Callable[[], Call]) -> None:
+        """Take in the next call, made only if it is kept."""
+        number, self.total = self.total, self.total + 1
+        if number % self._stride:
+            return
+        self.calls.append(make())
+        self._numbers.append(number)
+        while len(self.calls) > 1 and sum(call.rows for call in self.calls) > MOST_ROWS:
+            self._drop()
+
+    def _drop(self) -> None:
+        found = next((index for index, number in enumerate(self._numbers) if number % self._stride), None)
+        if found is None:
+            self._stride *= 2
+            return
+        del self.calls[found], self._numbers[found]
 
 
 @contextmanager
@@ -84,10 +106,8 @@ def recorded(model: nn.Module, data: Any) -> Iterator[Recording]:
     recording = Recording()
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.total += 1
-        if sum(call.rows for call in recording.calls) < MOST_ROWS:
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-            recording.calls.append(Call(args, dict(kwargs), tensors[0].shape[0] if tensors else 1))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        recording.add(lambda: Call(args, dict(kwargs), tensors[0].shape[0] if tensors else 1))
 
     handle = model.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
     try:
@@ -100,19 +120,23 @@ def recorded(model: nn.Module, data: Any) -> Iterator[Recording]:
 
 
 def keep(recording: Recording, blocks: Blocks) -> tuple[list[Call], list[str]]:
-    """The calls that fit the memory, at least one, and a note where they are not all."""
+    """Calls spread over the recorded ones that fit the memory, at least one, and a note where they are not all."""
     widest = max((block.row_bytes for block in blocks.blocks), default=0.0)
     most = min(MOST_ROWS, int(MOST_BYTES / (_HELD * widest))) if widest else MOST_ROWS
-    kept: list[Call] = []
-    for call in recording.calls:
-        if kept and sum(other.rows for other in kept) + call.rows > most:
-            break
-        kept.append(call)
+    calls = recording.calls
+    count = len(calls)
+    while count > 1 and sum(call.rows for call in _spread(calls, count)) > most:
+        count -= 1
+    kept = _spread(calls, count)
     if len(kept) == recording.total:
         return kept, []
     rows = sum(call.rows for call in kept)
     why = f"at most {MOST_ROWS}" if most == MOST_ROWS else f"{most} fit {MOST_BYTES >> 30} GiB at the widest block"
-    return kept, [f"blocks were solved on the first {rows} rows of the data ({why})"]
+    return kept, [f"blocks were solved on {rows} rows, spread over the data ({why})"]
+
+
+def _spread(calls: list[Call], count: int) -> list[Call]:
+    return [calls[number * len(calls) // count] for number in range(count)]
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
