@@ -87,6 +87,7 @@ def fidelity(row: Row | None) -> str | None:
 def accuracy(document: Row) -> str:
     """Two tables: what the score changes by, and how near the outputs are to float32's."""
     models = by_model(document.get("rows", ()), "variant")
+    several = len({row.get("commit") for row in document.get("rows", ())}) > 1
     scores, outputs = [], []
     for model, rows in models.items():
         whole = next((row for row in rows.values() if row.get("samples") == "all"), next(iter(rows.values())))
@@ -104,6 +105,7 @@ def accuracy(document: Row) -> str:
             "of embeddings. Task scores alone hardly tell int8 models apart.",
             table(("model", *ACCURACY), outputs),
             source(document, "accuracy"),
+            *(["Rows are of several commits, see [accuracy.md](benchmarks/results/accuracy.md)."] if several else []),
         )
     )
 
