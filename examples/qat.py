@@ -34,6 +34,7 @@ def main() -> None:
     torch.manual_seed(0)
     images, _ = digits.samples(slice(digits.TRAINING_SAMPLES))
     optimizer = torch.optim.AdamW(nc.qat.parameter_groups(model, lr=2e-3, weight_decay=1e-4))
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     schedule = nc.qat.FreezeSchedule(batchnorm=EPOCHS - 2, ranges=EPOCHS - 1)
     for epoch in range(EPOCHS):
         schedule.apply(model.train(), epoch)
@@ -44,6 +45,7 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        rate.step()
         print(f"epoch {epoch}: the integer model has {right(model):.1%}")
     print(nc.qat.report(model))
 

@@ -208,11 +208,11 @@ def test_saving_and_loading_an_ordinary_model_does_not_import_transformers(tmp_p
 _FIRST_ANSWER = """
 import sys, time, torch
 from transformers import BertModel
-import narrowcast.export as export
+from narrowcast.export import load
 
 tokens = torch.arange(1000, 1016).view(1, 16)
 start = time.perf_counter()
-model = BertModel.from_pretrained(sys.argv[2]).eval() if sys.argv[1] == "float" else export.load(sys.argv[2])
+model = BertModel.from_pretrained(sys.argv[2]).eval() if sys.argv[1] == "float" else load(sys.argv[2])
 with torch.no_grad():
     model(input_ids=tokens)
 print(time.perf_counter() - start)
