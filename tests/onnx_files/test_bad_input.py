@@ -133,3 +133,11 @@ def test_files_with_mutated_fields_end_in_a_plan_or_a_clear_error_and_nothing_is
         except NarrowcastError as error:
             assert len(str(error)) > 20
     assert 0 < planned < 120 and sorted(tmp_path.rglob("*")) == present
+
+
+@pytest.mark.parametrize("index", [935, 1561, 1906])
+def test_files_that_once_ended_in_a_foreign_error_are_taken_or_refused(index: int, tmp_path: Path) -> None:
+    models, chance = onnx_mutations.seeds(), random.Random(index)
+    path = onnx_fuzz.prepare_folder(tmp_path) / "model.onnx"
+    path.write_bytes(onnx_mutations.mutated(chance.choice(models), chance)[0])
+    assert not onnx_fuzz.one(path, "weight-int8")[0].startswith("foreign")

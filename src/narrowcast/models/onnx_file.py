@@ -122,17 +122,32 @@ def _check_node(node: onnx.NodeProto, where: str, context: Any) -> None:
         ) from None
 
 
+# Where a constant that is not stored as bytes has its numbers, by type; the other types have them in int32_data.
+_FIELDS = {
+    onnx.TensorProto.FLOAT: "float_data", onnx.TensorProto.COMPLEX64: "float_data",
+    onnx.TensorProto.DOUBLE: "double_data", onnx.TensorProto.COMPLEX128: "double_data",
+    onnx.TensorProto.INT64: "int64_data", onnx.TensorProto.UINT32: "uint64_data",
+    onnx.TensorProto.UINT64: "uint64_data",
+}  # fmt: skip
+
+
 def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
     """A constant has as many bytes as its shape says, so that no declared shape makes anyone ask for more memory."""
     known = tensor.data_type in set(ir.DataType) and tensor.data_type != ir.DataType.UNDEFINED
     if not known or not isinstance(tensor.name, str) or any(side < 0 for side in tensor.dims):
         raise ModelError(f"{where}: constant {tensor.name!r} has no type or shape of ONNX; the file is damaged")
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.data_type == ir.DataType.STRING:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return
     elements = prod(tensor.dims)
+    if tensor.data_type == ir.DataType.STRING:
+        if len(tensor.string_data) != elements:
+            raise ModelError(
+                f"{where}: constant {tensor.name!r} of shape {list(tensor.dims)} has {len(tensor.string_data)} texts; "
+                "the file is damaged"
+            )
+        return
     expected = -(-elements * ir.DataType(tensor.data_type).bitwidth // 8)
-    fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
-    held = max(len(values) for values in fields)
+    held = len(getattr(tensor, _FIELDS.get(tensor.data_type, "int32_data")))
     if (
         (len(tensor.raw_data) != expected)
         if tensor.raw_data or not held

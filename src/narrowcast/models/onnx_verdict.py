@@ -142,7 +142,8 @@ def node_verdicts(graph: onnx.GraphProto) -> list[NodeVerdict]:
     constants: dict[str, onnx.TensorProto] = {}
     makers: dict[str, onnx.NodeProto] = {}
     for owner in _graphs(graph):
-        weights |= {t.name: ir.DataType(t.data_type).bitwidth for t in owner.initializer if len(t.dims) > 1}
+        numbers = [t for t in owner.initializer if t.data_type != onnx.TensorProto.STRING]
+        weights |= {t.name: ir.DataType(t.data_type).bitwidth for t in numbers if len(t.dims) > 1}
         constants |= {t.name: t for t in owner.initializer}
         makers |= {name: node for node in owner.node for name in node.output}
     products = (*INTEGER_KERNELS, *FLOAT_PRODUCTS)
