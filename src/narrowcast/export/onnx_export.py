@@ -201,7 +201,13 @@ class _Work:
                 given = Activation(possible.input) if self.adapter.takes_activation(site) else Activation()
                 record = self.adapter.fitting(site.path, source.record, given)
                 self.adapter.install(site.path, built(record, given))
-        return self._raised(self.adapter.write_products(static))
+        notes = self._raised(self.adapter.write_products(static))
+        if static and self.adapter.portable.repair:  # other codes would not be the module's
+            notes.append(
+                f"portable = true is not applied to {len(static)} static products, which keep the module's codes and may "
+                "saturate on CPUs without VNNI; quantize the float ONNX file with this recipe for repaired layers"
+            )
+        return notes
 
     def _raised(self, raised: dict[str, int]) -> list[str]:
         """Notes on channels whose bias does not fit into int32 in the scale of the sums."""
