@@ -204,8 +204,8 @@ class _Work:
         notes = self._raised(self.adapter.write_products(static))
         if static and self.adapter.portable.repair:  # other codes would not be the module's
             notes.append(
-                f"portable = true is not applied to {len(static)} static products, which keep the module's codes and may "
-                "saturate on CPUs without VNNI; quantize the float ONNX file with this recipe for repaired layers"
+                f"portable = true is not applied to {len(static)} static products, which keep the module's codes: on "
+                "CPUs without VNNI they may saturate; quantize the float ONNX file with this recipe instead"
             )
         return notes
 
