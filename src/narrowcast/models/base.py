@@ -146,6 +146,10 @@ class ModelAdapter(ABC):
     def input_groups(self, site: Site) -> int:
         """Groups of a convolution, 1 elsewhere: the input channels that a row of the weight does not see."""
 
+    def sees_inside(self, site: Site) -> bool:
+        """Whether it can be told what multiplies the weights of a layer that has several."""
+        return False
+
     @abstractmethod
     def is_depthwise(self, site: Site) -> bool:
         """Whether no two input channels are summed."""

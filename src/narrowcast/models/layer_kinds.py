@@ -18,6 +18,7 @@ from narrowcast.models.fused_experts import (
     is_fused_experts,
     refuse_experts,
 )
+from narrowcast.models.recurrent_inputs import inner_inputs
 from narrowcast.nn import (
     Activation,
     ConvShape,
@@ -53,6 +54,8 @@ class LayerKind:
         takes_activation: whether the input can be quantized (an embedding's input is an index).
         restore: (module, parameter, matrix) -> the matrix in the parameter's shape; differentiable.
         share: (module, inputs) -> share of the weight that an input vector is multiplied with.
+        inner: (module, args, kwargs) -> the vectors that each weight multiplies in a call, by parameter name; None
+            where every weight multiplies the input, or where nothing tells.
     """
 
     name: str
@@ -67,6 +70,7 @@ class LayerKind:
     takes_activation: bool = True
     restore: Callable[[Any, str, Tensor], Tensor] = lambda module, name, matrix: matrix
     share: Callable[[Any, tuple[Any, ...]], float] = lambda module, args: 1.0
+    inner: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]] | None = None
 
 
 def _linear_shape(module: nn.Linear) -> Shapes:
@@ -157,6 +161,7 @@ def _recurrent_kind(name: str, op: str) -> LayerKind:
         _build_recurrent,
         lambda module, spec, mode: op if mode == "dynamic" and is_int8_per_channel(spec) else None,
         refuse=_refuse_recurrent,
+        inner=inner_inputs,
     )
 
 

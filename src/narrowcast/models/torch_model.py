@@ -145,6 +145,16 @@ class TorchModel(ModelAdapter):
         """The vectors that the weight matrix at `path` multiplies, of its input: [groups, vectors, columns]."""
         return input_rows(self._module(path)[0], x)
 
+    def sees_inside(self, site: Site) -> bool:
+        """See `ModelAdapter`."""
+        return self._module(site.path)[1].inner is not None
+
+    def inner_inputs(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The vectors [vectors, columns] that the weights at `path` multiply in one call, by parameter name."""
+        module, kind = self._module(path)
+        assert kind.inner is not None, path
+        return kind.inner(module, args, kwargs)
+
     def as_parameter(self, module: nn.Module, parameter: str, matrix: Tensor) -> Tensor:
         """A weight matrix in the shape of the module's own parameter; the inverse of `weight`, differentiable."""
         kind = kind_of(module)

@@ -15,7 +15,7 @@ from narrowcast.core import PerChannel, QuantSpec, choose_scale
 from narrowcast.data import iterate, opened, repeatable
 from narrowcast.errors import DataError
 from narrowcast.methods import Seen
-from narrowcast.models import Layer, ModelAdapter, Observation
+from narrowcast.models import Layer, ModelAdapter, Observation, Site
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
 from narrowcast.pipeline.outliers import choose_outliers, describe_outliers
@@ -48,8 +48,8 @@ class Calibration:
         observation: counts and samples of the pass.
         ranges: range observer of each module with one static range, by path.
         channel_ranges: range observer of each module with a static range per input channel, by path.
-        magnitudes: channel magnitudes at the input of each module, by path.
-        evidence: what the pass through a block saw, by path; only while the block is worked on.
+        magnitudes: channel magnitudes at the input of each module, by path; inside of it by `evidence_key`.
+        evidence: what the pass through a block saw, by `evidence_key`; only while the block is worked on.
         means: mean of each input channel of a layer as BatchNorms before it say, by path; only where there is no data.
     """
 
@@ -161,27 +161,33 @@ PARTLY_SEEN = ("LSTM", "GRU", "Experts")
 def seen_by(adapter: ModelAdapter, layer: Layer, calibration: Calibration) -> tuple[Seen | None, str]:
     """What calibration knows of the columns of a weight, and how to say it in the report.
 
-    The weights of a recurrent layer that multiply hidden states, those of experts that multiply inner values, and a
-    depthwise convolution's, have no importance: the first two cannot be seen from outside, the last multiply one
-    channel each, so nothing distinguishes them.
+    The weights of experts that multiply inner values, and a depthwise convolution's, have no importance: the former
+    cannot be seen from outside, the latter multiply one channel each, so nothing distinguishes them. Those of a
+    recurrent layer that multiply hidden states have one where a block's own pass has looked inside.
     """
     importances = []
     samples = 0
     for site in layer.sites:
-        magnitude = calibration.magnitudes.get(site.path)
+        magnitude = calibration.magnitudes.get(evidence_key(site))
         if magnitude is None or not calibration.ran(site.path):
             continue
         mean_square: Tensor = magnitude.result()
         if adapter.input_groups(site) > 1:
             continue
         spread = mean_square.repeat_interleave(adapter.kernel_elements(site))
-        if spread.numel() != layer.shape[1] or (layer.type in PARTLY_SEEN and not sees_input(site.parameter)):
+        if spread.numel() != layer.shape[1]:
             continue
         importances.append(spread)
         samples += 1
     if not importances:
         return None, "plain error"
     return Seen(importance=torch.stack(importances).mean(0), samples=samples), "error weighted by input magnitude"
+
+
+def evidence_key(site: Site) -> str:
+    """Where calibration keeps what a weight multiplies: by module, or by weight where it is not the module's input."""
+    inner = site.type in PARTLY_SEEN and not sees_input(site.parameter)
+    return f"{site.path}.{site.parameter}" if inner else site.path
 
 
 def sees_input(parameter: str) -> bool:

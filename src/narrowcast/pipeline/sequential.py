@@ -19,20 +19,16 @@ from narrowcast.errors import DataError, FormatError, ModelError
 from narrowcast.methods import BlockMethod, Seen, make_method
 from narrowcast.models import ModelBlock, find_blocks
 from narrowcast.models.modules import get_module
-from narrowcast.models.patches import evenly
-from narrowcast.observers import ChannelMagnitude, Drift, GroupedHessian, Hessian
 from narrowcast.pipeline.block_view import LayerUse, ModuleBlock
-from narrowcast.pipeline.calibrate import Calibration, Evidence, thinned
 from narrowcast.pipeline.resume import Journal
 from narrowcast.pipeline.solve import Job, Treatment, choose_treatment, install_, speaker
 from narrowcast.pipeline.solve_weight import Task, column_ratio, described, needs_of, task_of, why_not_method
 from narrowcast.pipeline.streams import Call, Recording, Stream, keep, reached_by, without_cache
+from narrowcast.pipeline.watchers import Hooks, Inside, Watcher
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.progress import progress_steps
 from narrowcast.report import LayerOutcome
 
-# Input vectors kept of one layer where a solver asks for some of them.
-_KEPT_INPUTS = 4096
 # More groups than this in one block (a mixture of many experts): the rest is seen in one pass.
 _MOST_GROUPS = 16
 
@@ -192,8 +188,8 @@ class _Work:
         rest = [path for path in paths if path not in order]
         return [*groups, rest] if rest else groups
 
-    def _hooked(self, paths: Sequence[str], see: Callable[[str, Any], object]) -> _Hooks:
-        return _Hooks(self.stream.model(), paths, see)
+    def _hooked(self, paths: Sequence[str], see: Callable[[str, Any], object], inside: Inside | None = None) -> Hooks:
+        return Hooks(self.stream.model(), paths, see, inside)
 
     def _observe(self, index: int, paths: Sequence[str]) -> None:
         """Run the block for every call and keep what the solvers of these modules ask for."""
@@ -211,7 +207,7 @@ class _Work:
             except DataError as error:
                 raise DataError(f"layer {path!r}, behind quantized blocks: {error}") from None
 
-        with self._hooked(list(watchers), see):
+        with self._hooked(list(watchers), see, lambda path, args, kwargs: watchers[path].see_inside(args, kwargs)):
             for number in range(len(self.stream.inputs)):
                 if drifting:
                     exact = self._float_inputs(index, number, drifting)
@@ -227,12 +223,12 @@ class _Work:
         self.reference.enter(index)
         found: dict[str, list[Tensor]] = {path: [] for path in paths}
         # a copy: what computes behind may write into it
-        with _Hooks(self.reference.model(), paths, lambda path, x: found[path].append(x.detach().clone())):
+        with Hooks(self.reference.model(), paths, lambda path, x: found[path].append(x.detach().clone())):
             self.reference.run_until(number, paths)
         return found
 
-    def _watchers(self, path: str, wanted: frozenset[str]) -> _Watcher:
-        return _Watcher(self.job, path, wanted, len(self.stream.calls))
+    def _watchers(self, path: str, wanted: frozenset[str]) -> Watcher:
+        return Watcher(self.job, path, wanted, len(self.stream.calls))
 
     def _solve_together_(self, index: int, paths: list[str]) -> None:
         """Give the whole block to its solvers, and install what they make of it."""
@@ -306,84 +302,6 @@ def _refined(treatment: Treatment, factor: float) -> Treatment:
     """The treatment of an input whose static scale a solver has multiplied."""
     activation, text = treatment
     return treatment if factor == 1 else (activation.scaled(factor), f"{text} times {factor:.3g}")
-
-
-class _Hooks:
-    """Shows the input of some modules while they run."""
-
-    def __init__(self, model: nn.Module, paths: Sequence[str], see: Callable[[str, Any], object]) -> None:
-        self._model, self._paths, self._see = model, paths, see
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for path in self._paths:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                self._see(path, x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x)
-
-            module = get_module(self._model, path)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class _Watcher:
-    """Keeps what the solvers of one module ask for.
-
-    Args:
-        job: gives the model and the observers of static ranges, which go on from what the float pass saw.
-        path: of the module.
-        wanted: needs of the solvers, and "range".
-        calls: how many calls share the room for kept inputs.
-    """
-
-    def __init__(self, job: Job, path: str, wanted: frozenset[str], calls: int) -> None:
-        self.adapter, self.path, self.wanted = job.adapter, path, wanted
-        self.room = max(1, -(-_KEPT_INPUTS // calls))
-        self.ranges = job.calibration.channel_ranges.get(path) or job.calibration.ranges.get(path)
-        site = next(s for row in job.units()[path] for s in row.layer.sites if s.path == path)
-        self.grouped = job.adapter.input_groups(site) > 1
-        self.channel_dim = job.adapter.channel_dim(path)
-        self.magnitude = ChannelMagnitude()
-        self.hessian = GroupedHessian() if self.grouped else Hessian()
-        self.drift = Drift()
-        self.drifted = False
-        self.inputs: list[Tensor] = []
-        self.samples = 0
-
-    def see(self, x: Tensor, exact: Tensor | None = None) -> None:
-        """Take in one input of the module, and the same one in the float model where that is known."""
-        last = x.detach().movedim(self.channel_dim, -1)
-        if "range" in self.wanted and self.ranges is not None:
-            self.ranges.update(last)
-        if self.wanted <= {"range"}:
-            return
-        thinned(self.magnitude.update)(last)
-        rows = self.adapter.input_rows(self.path, x.detach())
-        self.samples += rows.shape[1]
-        if "hessian" in self.wanted:
-            self.hessian.update(rows if self.grouped else rows[0])
-        if exact is not None and exact.shape == x.shape and not self.grouped:
-            self.drift.update(self.adapter.input_rows(self.path, exact)[0], rows[0])
-            self.drifted = True
-        if "inputs" in self.wanted and not self.grouped:
-            self.inputs.append(evenly(rows[0], self.room).float().clone())
-
-    def finish_(self, calibration: Calibration) -> None:
-        """Put what was seen where solvers find it; nothing where the module never ran."""
-        if not self.samples:
-            return
-        calibration.magnitudes[self.path] = self.magnitude
-        hessian = None
-        if "hessian" in self.wanted:
-            hessian = self.hessian.result()
-            hessian = hessian if self.grouped else hessian[None]
-        inputs = torch.cat(self.inputs) if self.inputs else None
-        drift = self.drift.result() if self.drifted else None
-        calibration.evidence[self.path] = Evidence(self.samples, hessian, inputs, drift)
 
 
 def _homes(units: dict[str, list[LayerPlan]], blocks: Sequence[ModelBlock]) -> dict[str, int]:

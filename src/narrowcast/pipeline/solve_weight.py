@@ -15,7 +15,7 @@ from narrowcast.errors import DataError, FormatError, ModelError
 from narrowcast.methods import Rtn, Seen, Solved, WeightMethod, make_method, weight_sqnr_db
 from narrowcast.models import Layer, ModelAdapter
 from narrowcast.nn import Activation
-from narrowcast.pipeline.calibrate import PARTLY_SEEN, Calibration, Evidence, seen_by, sees_input
+from narrowcast.pipeline.calibrate import PARTLY_SEEN, Calibration, Evidence, evidence_key, seen_by, sees_input
 from narrowcast.pipeline.outliers import without_outliers
 from narrowcast.planning import LayerPlan
 from narrowcast.report import StepError
@@ -125,7 +125,8 @@ def column_ratio(adapter: ModelAdapter, row: LayerPlan, activation: Activation) 
 
 def _joined(layer: Layer, calibration: Calibration) -> Evidence | None:
     """The evidence of all uses of a weight, weighted by how often each multiplied it."""
-    found = [calibration.evidence[site.path] for site in layer.sites if site.path in calibration.evidence]
+    keys = [evidence_key(site) for site in layer.sites]
+    found = [calibration.evidence[key] for key in keys if key in calibration.evidence]
     if len(found) <= 1:
         return found[0] if found else None
     samples = sum(part.samples for part in found)
@@ -145,8 +146,8 @@ def why_unseen(adapter: ModelAdapter, layer: Layer, calibration: Calibration) ->
     consumers = [site for site in layer.sites if adapter.takes_activation(site)]
     if not consumers:
         return "an embedding's rows are looked up, no inputs multiply them"
-    if layer.type in PARTLY_SEEN and not all(sees_input(site.parameter) for site in consumers):
-        return "the hidden states that multiply it cannot be seen from outside"
+    if layer.type in PARTLY_SEEN and not all(sees_input(s.parameter) or adapter.sees_inside(s) for s in consumers):
+        return "the values inside of its layer that multiply it cannot be seen from outside"
     if not any(calibration.ran(site.path) for site in consumers):
         return "it never ran in calibration"
     return ""
