@@ -23,15 +23,18 @@ def test_word_pieces_are_those_of_the_tokenizers_library(javascript: Callable[..
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.enable_truncation(20)
-    script = """import { wordPiece } from "./text.js"; import { readFileSync } from "node:fs"; //
-    const encode = wordPiece(JSON.parse(readFileSync(given.file)), 20); give(given.texts.map(encode));"""
+    script = """import { encoded } from "./text.js"; import { tokenizer } from "./tokenizer.js";
+    import { readFileSync } from "node:fs"; //
+    const vocabulary = tokenizer(JSON.parse(readFileSync(given.file)));
+    give(given.texts.map((text) => encoded(text, vocabulary, { limit: 20, tokens: "words" }).ids));"""
     found = javascript(script, {"file": str(file), "texts": SENTENCES})
     assert found == [encoding.ids for encoding in tokenizer.encode_batch(SENTENCES)]
 
 
 def test_characters_begin_with_the_start_sign_and_keep_the_end_of_a_long_text(javascript: Callable[..., Any]) -> None:
-    script = """import { characters, feed } from "./text.js"; //
-    const ids = characters(given, 4)("abxba"); const short = characters(given, 9)("ab");
+    script = """import { characters, encoded, feed } from "./text.js"; //
+    const of = (text, limit) => encoded(text, characters(given), { limit, tokens: "characters" }).ids;
+    const ids = of("abxba", 4); const short = of("ab", 9);
     const ask = { length: 4, pad: "left", pad_id: 0, input: { name: "ids", type: "int32" } };
     give([ids, short, Array.from(feed(short, ask).ids.data), feed(short, ask).ids.dims]);"""
     found = javascript(script, {"<s>": 9, "a": 1, "b": 2})

@@ -14,14 +14,16 @@ ort.env.wasm.numThreads = 1;
 ort.env.wasm.wasmPaths = folder;
 
 const inputs = Object.fromEntries(Object.entries(feeds).map(([name, { type, data, dims }]) => [
-  name, new ort.Tensor(type, type.endsWith("int64") ? data.map(BigInt) : data, dims),
+  name, new ort.Tensor(type, type === "float16" ? Uint16Array.from(data) : type.endsWith("int64") ? data.map(BigInt) : data, dims),
 ]));
 const answers = {};
 for (const [name, file] of Object.entries(models)) {
   try {
     const session = await ort.InferenceSession.create(new Uint8Array(await readFile(file)), { executionProviders: ["wasm"] });
     const given = await session.run(inputs, [output]);
-    answers[name] = { data: Array.from(given[output].data, Number) };
+    const { type, data } = given[output];
+    const half = type === "float16"; // as bits, in both directions
+    answers[name] = { half, data: Array.from(half ? new Uint16Array(data.buffer, data.byteOffset, data.length) : data, Number) };
     await session.release();
   } catch (error) {
     answers[name] = { error: String(error?.message ?? error) };

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from narrowcast.data import iterate
+from narrowcast.export.web_ports import Question
 
 PICTURES, FOLDER = 6, "examples"
 _MOST_NUMBERS = 4096
+_START, _WORDS = "Once upon a time", 6  # what models that write on begin with, and how much of a given text
 # For text models without data: two sentences that mean nearly the same.
 _TEXTS = ("A man is playing a guitar on the street.", "Someone makes music outdoors.")
 
@@ -75,9 +77,29 @@ def texts(example: Any, count: int) -> list[str]:
     return [str(text) for text in found[:count]]
 
 
+def beginning(example: Any) -> str:
+    """The first words of the first text of the data, for models that write on."""
+    found = getattr(example, "strings", None) or getattr(example, "texts", None)
+    return " ".join(str(found[0]).split()[:_WORDS]) if found else _START
+
+
 def numbers(samples: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
     """The first sample in place of the zeros of `example`, where it is small enough to be read."""
     found = {name: array[:1] for name, array in samples.items() if name in example}
     if set(found) != set(example) or any(array.size > _MOST_NUMBERS for array in found.values()):
         return dict(example)
     return {name: array.tolist() for name, array in found.items()}
+
+
+def complete(asked: Question, show: Mapping[str, Any], samples: Mapping[str, Any], example: Any, folder: Path) -> None:
+    """Put examples into what is asked, in place; pictures are written into the folder."""
+    ask = asked.ask
+    if ask["kind"] == "picture":
+        ask["examples"] = pictures(samples, ask, folder)
+    elif show["kind"] == "continuation":
+        ask["texts"], ask["examples"] = 1, [beginning(example)]
+    elif ask["kind"] == "text":
+        ask["texts"] = 2 if show["kind"] == "likeness" else 1
+        ask["examples"] = texts(example, ask["texts"])
+    else:
+        ask["example"] = numbers(samples, ask["example"])

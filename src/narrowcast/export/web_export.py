@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ from narrowcast.core import sqnr_db
 from narrowcast.errors import DataError, ModelError
 from narrowcast.export.artefact import Artefact, write_artefact
 from narrowcast.export.checkpoint_files import staged
-from narrowcast.export.web_examples import PICTURES, first_samples, numbers, pictures, texts
+from narrowcast.export.web_examples import PICTURES, complete, first_samples
 from narrowcast.export.web_options import PageOptions
-from narrowcast.export.web_question import Port, Question, ports, question, trial
+from narrowcast.export.web_ports import Port, Question, ports
+from narrowcast.export.web_question import question, trial
 from narrowcast.export.web_runtime import copy_runtime, runtime_files, try_models
+from narrowcast.export.web_shown import notes_of, predicts, shown
+from narrowcast.export.web_text import longest, writes
 from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_session import OnnxModule, feeds_of, run_session
 
@@ -30,7 +32,6 @@ _SOURCES = Path(__file__).with_name("web_page")
 _FOLDERS = ("runtime", "examples")
 # A wasm memory has at most 4 GB, and holds the file, the weights and the values at once.
 _LARGEST = 1_500_000_000
-_CLASSES = 20  # a text model with at most so many outputs per text is taken for a classifier
 _LIKE = 20.0  # dB: WebAssembly answers what the CPU answers
 
 
@@ -129,14 +130,14 @@ class _Making:
         samples = first_samples(self.example, self.modules["quantized"], PICTURES)
         feeds = {key: array[:1] for key, array in samples.items()} or trial(asked, self.inputs)
         answers = self._answers(feeds)
-        show = shown(asked, answers["quantized"].shape, self.options, self.outputs[0].name)
-        _complete(asked, show, samples, self.example, self.folder)
+        show = self._shown(asked, answers["quantized"].shape)
+        complete(asked, show, samples, self.example, self.folder)
         parity, warnings = self._parity(feeds, answers)
         if not self.models["quantized"].quantized:
             warnings.append("nothing in the model is quantized; quantize it first, and give this one as --float")
         facts = {
             "format": _FORMAT, "title": self.options.title or name, "models": self._listed(), "ask": asked.ask,
-            "show": show, "runs": self.options.runs, "warmup": self.options.warmup, "notes": list(asked.notes),
+            "show": show, "runs": self.options.runs, "warmup": self.options.warmup, "notes": notes_of(asked, show),
         }  # fmt: skip
         for source in _SOURCES.iterdir():
             shutil.copyfile(source, self.folder / source.name)
@@ -144,6 +145,18 @@ class _Making:
             shutil.copyfile(file, self.folder / key)
         (self.folder / PAGE).write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
         return facts, parity, warnings
+
+    def _shown(self, asked: Question, shape: tuple[int, ...]) -> dict[str, Any]:
+        """What is made of the output; of texts, also how many tokens the model takes."""
+        module, output = self.modules["quantized"], self.outputs[0].name
+
+        def run(feeds: Mapping[str, Any]) -> Any:
+            return _answer(module, feeds, output)
+
+        if asked.ask["kind"] == "text":
+            asked.ask["limit"] = longest(run, asked, self.inputs)
+        next_token = predicts(asked, shape, self.options) and writes(run, asked, self.inputs)
+        return shown(asked, shape, self.options, output, next_token=next_token)
 
     def _answers(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """What ONNX Runtime on the CPU says, per model."""
@@ -215,40 +228,3 @@ def _answer(module: OnnxModule, feeds: Mapping[str, Any], output: str) -> Any:
     typed = feeds_of(module.session, module.input_names, (), feeds)
     (answer,) = run_session(module.session, [output], typed)
     return np.asarray(answer)
-
-
-def shown(asked: Question, shape: tuple[int, ...], options: PageOptions, output: str) -> dict[str, Any]:
-    """What the page makes of an output of this shape.
-
-    Raises:
-        DataError: there are more or fewer labels than outputs, or likeness is asked of something that is no text.
-    """
-    text, width = asked.ask["kind"] == "text", shape[-1] if shape else 1
-    pooled = text and len(shape) == 3
-    count = width if pooled else prod(shape)
-    predicts = text and count == asked.vocabulary
-    if text:
-        guess = "classes" if options.labels or predicts or (not pooled and 1 < count <= _CLASSES) else "likeness"
-    else:
-        named = asked.ask["kind"] == "picture" and count == max(shape, default=1)
-        guess = "classes" if count > 1 and (options.labels or named) else "values"
-    kind = options.show or guess
-    if kind == "likeness" and not text:
-        raise DataError("likeness compares two texts, and the model's input is not a text with a known vocabulary")
-    labels = options.labels or (asked.tokens if predicts else ())
-    if kind == "classes" and labels and len(labels) != count:
-        raise DataError(f"there are {len(labels)} labels, and the model's output {output!r} has {count} classes")
-    pool = "none" if not pooled else ("last" if kind == "classes" else "mean")
-    return {"kind": kind, "output": output, "pool": pool, "labels": list(labels) if kind == "classes" else []}
-
-
-def _complete(asked: Question, show: Mapping[str, Any], samples: Mapping[str, Any], example: Any, folder: Path) -> None:
-    """Put examples into what is asked."""
-    ask = asked.ask
-    if ask["kind"] == "picture":
-        ask["examples"] = pictures(samples, ask, folder)
-    elif ask["kind"] == "text":
-        ask["texts"] = 2 if show["kind"] == "likeness" else 1
-        ask["examples"] = texts(example, ask["texts"])
-    else:
-        ask["example"] = numbers(samples, ask["example"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from narrowcast.errors import DataError
 
-SHOWN = ("classes", "likeness", "values")
+SHOWN = ("classes", "likeness", "values", "continuation")
 TOKENIZER, CHARACTERS = "tokenizer.json", "vocab.json"
 
 
@@ -24,7 +24,10 @@ class PageOptions:
         side: side of the square picture that a model with open sides is shown; None takes what the model says.
         labels: name of every class; empty for numbers.
         tokenizer: file or folder of the vocabulary of texts; None for none.
-        show: "classes", "likeness" or "values"; None decides by the output's shape.
+        show: "classes", "likeness", "values" or "continuation" (the model writes on); None decides by the output.
+        stop: numbers of the tokens that end a text; empty takes those that vocabularies usually have.
+        positions: tokens that the model takes at most; None finds out.
+        scores: tokens that the output has scores for, where they are more than the vocabulary's; None for the same.
         runs: measured runs per model; the median is shown.
         warmup: runs before these.
     """
@@ -36,6 +39,9 @@ class PageOptions:
     labels: tuple[str, ...] = ()
     tokenizer: Path | None = None
     show: str | None = None
+    stop: tuple[int, ...] = ()
+    positions: int | None = None
+    scores: int | None = None
     runs: int = 30
     warmup: int = 5
 
@@ -55,9 +61,20 @@ def with_folder(options: PageOptions, folder: Path) -> PageOptions:
         mean=options.mean or tuple(map(float, prepared.get("image_mean") or ())),
         std=options.std or tuple(map(float, prepared.get("image_std") or ())),
         labels=options.labels or _named(config.get("id2label") or {}),
+        stop=options.stop
+        or _whole(_json(folder / "generation_config.json").get("eos_token_id"))
+        or _whole(config.get("eos_token_id")),
+        positions=options.positions or next(iter(_whole(config.get("max_position_embeddings"))), None),
+        scores=options.scores or next(iter(_whole(config.get("vocab_size"))), None),
     )
     has_vocabulary = any((folder / name).is_file() for name in (TOKENIZER, CHARACTERS))
     return replace(found, tokenizer=folder) if found.tokenizer is None and has_vocabulary else found
+
+
+def _whole(value: Any) -> tuple[int, ...]:
+    """One whole number or several, as these files have them."""
+    listed = value if isinstance(value, list) else [value]
+    return tuple(one for one in listed if isinstance(one, int) and not isinstance(one, bool))
 
 
 def _json(path: Path) -> dict[str, Any]:

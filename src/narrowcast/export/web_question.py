@@ -2,79 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from narrowcast.errors import DataError, ModelError
-from narrowcast.export.web_options import CHARACTERS, TOKENIZER, PageOptions, read_json
+from narrowcast.errors import DataError
+from narrowcast.export.web_options import PageOptions
+from narrowcast.export.web_ports import TOKENS, Port, Question
+from narrowcast.export.web_text import is_text, text_question, tokens_in_a_row
 
-_TYPES = {
-    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(uint16)": "uint16",
-    "tensor(bool)": "bool", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
-}  # fmt: skip
-_TOKENS = ("int64", "int32")
 _FIELDS = 16  # numbers that get a field each
 _OPEN_TOKENS = 8  # length of an example where the model leaves it open
-_LONGEST_TEXT = 512
-# Names that encoders' inputs have everywhere.
-_IDS, _MASK, _KINDS = "input_ids", "attention_mask", "token_type_ids"
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of a model.
-
-    Args:
-        name: its name.
-        type: as JavaScript's ONNX Runtime calls it.
-        shape: sides; None where open.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int | None, ...]
-
-
-def ports(entries: Sequence[Any]) -> list[Port]:
-    """The inputs or outputs of a session of ONNX Runtime.
-
-    Raises:
-        ModelError: one has a type that a page cannot hand over.
-    """
-    found = []
-    for entry in entries:
-        if entry.type not in _TYPES:
-            raise ModelError(
-                f"{entry.name!r} is a {entry.type}, which a page cannot hand over; it knows {', '.join(_TYPES)}"
-            )
-        sides = tuple(side if isinstance(side, int) and side > 0 else None for side in entry.shape or [])
-        found.append(Port(entry.name, _TYPES[entry.type], sides))
-    return found
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked for.
-
-    Args:
-        ask: for page.json.
-        files: to be copied beside it: name -> file.
-        vocabulary: number of tokens, 0 where the input is no text.
-        tokens: the tokens by number, for models that predict one.
-        notes: why it is not what one may expect.
-    """
-
-    ask: dict[str, Any]
-    files: dict[str, Path]
-    vocabulary: int = 0
-    tokens: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def question(inputs: list[Port], options: PageOptions) -> Question:
@@ -86,11 +25,12 @@ def question(inputs: list[Port], options: PageOptions) -> Question:
     picture = _picture(inputs, options)
     if picture is not None:
         return Question(picture, {})
-    if _is_text(inputs):
-        if options.tokenizer is not None:
-            return _text(inputs, options, options.tokenizer)
+    if not is_text(inputs):
+        return _numbers(inputs, ())
+    if options.tokenizer is None:
         return _numbers(inputs, ("the inputs are token ids, and no vocabulary was given: --tokenizer asks for texts",))
-    return _numbers(inputs, ())
+    found = text_question(inputs, options, options.tokenizer)
+    return _numbers(inputs, (f"{found}; the page asks for token ids",)) if isinstance(found, str) else found
 
 
 def _picture(inputs: list[Port], options: PageOptions) -> dict[str, Any] | None:
@@ -98,7 +38,7 @@ def _picture(inputs: list[Port], options: PageOptions) -> dict[str, Any] | None:
     if (
         len(inputs) != 1
         or len(port.shape) != 4
-        or port.type not in ("float32", "uint8")
+        or port.type not in ("float32", "float16", "uint8")
         or port.shape[0] not in (1, None)
     ):
         return None
@@ -122,66 +62,6 @@ def _picture(inputs: list[Port], options: PageOptions) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _is_text(inputs: list[Port]) -> bool:
-    names = {port.name for port in inputs}
-    tokens = all(port.type in _TOKENS and len(port.shape) == 2 and port.shape[0] in (1, None) for port in inputs)
-    return tokens and (len(inputs) == 1 or (_IDS in names and names <= {_IDS, _MASK, _KINDS}))
-
-
-def _text(inputs: list[Port], options: PageOptions, place: Path) -> Question:
-    file = place if place.is_file() else next(
-        (place / name for name in (TOKENIZER, CHARACTERS) if (place / name).is_file()), None
-    )  # fmt: skip
-    if file is None:
-        raise DataError(f"{place} holds no {TOKENIZER} and no {CHARACTERS}")
-    table = read_json(file)
-    characters = isinstance(table, dict) and bool(table) and all(isinstance(number, int) for number in table.values())
-    reason = "" if characters else _why_not_word_piece(table)
-    if reason:
-        return _numbers(inputs, (f"{file.name}: {reason}, so the page asks for token ids",))
-    name = CHARACTERS if characters else TOKENIZER
-    named = {port.name: port for port in inputs}
-    ids = named.get(_IDS, inputs[0])
-    vocabulary: dict[str, int] = table if characters else table["model"]["vocab"]
-    limit = (table.get("truncation") or {}).get("max_length") if not characters else None
-    ask = {
-        "kind": "text", "tokens": "characters" if characters else "words", "vocabulary": name,
-        "length": ids.shape[1], "limit": min(filter(None, (limit, ids.shape[1], _LONGEST_TEXT))),
-        "pad": "left" if characters else "right", "pad_id": 0 if characters else _pad_id(table),
-        **{key: _plain(named.get(port)) for key, port in (("mask", _MASK), ("kinds", _KINDS))}, "input": _plain(ids),
-    }  # fmt: skip
-    tokens = [""] * (max(vocabulary.values()) + 1)
-    for token, number in vocabulary.items():
-        tokens[number] = token
-    return Question(ask, {name: file}, len(tokens), tuple(tokens))
-
-
-def _plain(port: Port | None) -> dict[str, str] | None:
-    return None if port is None else {"name": port.name, "type": port.type}
-
-
-def _why_not_word_piece(table: Any) -> str:
-    """What of a tokenizer the page does not do; "" where it does everything."""
-    if not isinstance(table, dict) or not isinstance(table.get("model"), dict):
-        return "it is no tokenizer and no vocabulary"
-    steps = {
-        "model": ("WordPiece",),
-        "normalizer": ("BertNormalizer", None),
-        "pre_tokenizer": ("BertPreTokenizer",),
-        "post_processor": ("TemplateProcessing", "BertProcessing", None),
-    }
-    for step, known in steps.items():
-        found = (table.get(step) or {}).get("type")
-        if found not in known:
-            return f"its {step} is {found}, and the page has only that of BERT's family"
-    return ""
-
-
-def _pad_id(table: dict[str, Any]) -> int:
-    padding = table.get("padding") or {}
-    return int(padding.get("pad_id", table["model"]["vocab"].get("[PAD]", 0)))
-
-
 def _numbers(inputs: list[Port], notes: tuple[str, ...]) -> Question:
     example = {port.name: _zeros(port).tolist() for port in inputs}
     only = inputs[0]
@@ -197,7 +77,7 @@ def _numbers(inputs: list[Port], notes: tuple[str, ...]) -> Question:
 
 def _sides(port: Port) -> tuple[int, ...]:
     """A shape without open sides: one sample, and a few tokens."""
-    tokens = port.type in _TOKENS and len(port.shape) == 2
+    tokens = port.type in TOKENS and len(port.shape) == 2
     return tuple(
         side if side is not None else (_OPEN_TOKENS if tokens and axis else 1) for axis, side in enumerate(port.shape)
     )
@@ -209,6 +89,8 @@ def _zeros(port: Port) -> Any:
 
 def trial(asked: Question, inputs: list[Port]) -> dict[str, Any]:
     """Arrays that the model can be tried with where there is no example: noise, tokens from all over the vocabulary."""
+    if asked.ask["kind"] == "text":
+        return tokens_in_a_row(asked, inputs, asked.ask["length"] or min(_OPEN_TOKENS, asked.ask["limit"]))
     generator = np.random.default_rng(0)
     feeds = {}
     for port in inputs:
@@ -216,10 +98,6 @@ def trial(asked: Question, inputs: list[Port]) -> dict[str, Any]:
         if asked.ask["kind"] == "picture":
             sides = tuple(side or asked.ask[name] for side, name in zip(port.shape[1:], _axes(asked.ask), strict=True))
             feeds[port.name] = _noise(generator, (1, *sides), port.type, asked.ask)
-        elif asked.ask["kind"] == "text" and port.name in (_MASK, _KINDS):
-            feeds[port.name] = np.full(sides, int(port.name == _MASK), port.type)
-        elif asked.ask["kind"] == "text":
-            feeds[port.name] = generator.integers(0, asked.vocabulary, sides).astype(port.type)
         else:
             feeds[port.name] = _zeros(port)
     return feeds
@@ -238,4 +116,4 @@ def _noise(generator: np.random.Generator, sides: tuple[int, ...], type_: str, a
     mean, std = (
         np.array(ask[name] or [default], np.float32).reshape(shape) for name, default in (("mean", 0), ("std", 1))
     )
-    return ((pixels / 255).astype(np.float32) - mean) / std
+    return (((pixels / 255).astype(np.float32) - mean) / std).astype(type_)

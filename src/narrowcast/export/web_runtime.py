@@ -124,10 +124,18 @@ def try_models(runtime: Path, models: Mapping[str, Path], feeds: Mapping[str, An
                 f"{PACKAGE} does not run the {name} model: {answer['error']:.400}; its WebAssembly has the operators "
                 "of ONNX Runtime's CPU build: quantize to int8 or int4 and leave out bfloat16 and custom operators"
             )
-    return {name: np.array(answer["data"], np.float64) for name, answer in answers.items()}
+    return {name: _numbers(answer) for name, answer in answers.items()}
+
+
+def _numbers(answer: dict[str, Any]) -> Any:
+    if answer["half"]:
+        return np.array(answer["data"], np.uint16).view(np.float16).astype(np.float64)
+    return np.array(answer["data"], np.float64)
 
 
 def _plain(array: Any) -> dict[str, Any]:
+    if array.dtype == np.float16 and np.isfinite(array).all():
+        return {"type": "float16", "data": array.reshape(-1).view(np.uint16).tolist(), "dims": list(array.shape)}
     values = [int(v) for v in array.reshape(-1)] if array.dtype.kind in "iub" else array.reshape(-1).tolist()
     if any(isinstance(v, float) and not math.isfinite(v) for v in values):
         raise ModelError("an example holds a number that is not finite")

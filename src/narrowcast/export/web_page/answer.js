@@ -33,7 +33,7 @@ export function cosine(a, b) {
   return aa && bb ? ab / Math.sqrt(aa * bb) : Number(aa === bb);
 }
 
-const element = (tag, className, text) => {
+export const element = (tag, className, text) => {
   const made = document.createElement(tag);
   if (className) made.className = className;
   if (text !== undefined) made.textContent = text;

@@ -1,7 +1,8 @@
 // The page: opens the models in the worker, asks for an input, shows the answers, and times them side by side.
 import { agreement, render, vector } from "./answer.js";
+import { blocks, rates, together, write, written } from "./writing.js";
 
-const MAKERS = { picture: "./picture.js", text: "./text.js", numbers: "./numbers.js" };
+const MAKERS = { picture: "./picture.js", text: "./text.js", numbers: "./numbers.js", continuation: "./writing.js" };
 const ASK_FIRST = 30e6; // bytes: a larger float32 model is downloaded only when the user says so
 
 const at = (id) => document.getElementById(id);
@@ -52,8 +53,10 @@ class Page {
     at("measure").addEventListener("click", () => this.measure());
     at("load-float").addEventListener("click", () => this.openFloat());
     await this.openModel(facts.models[0]);
-    const { make } = await import(MAKERS[facts.ask.kind]);
+    this.writes = facts.show.kind === "continuation";
+    const { make } = await import(MAKERS[this.writes ? "continuation" : facts.ask.kind]);
     this.input = await make(at("input"), facts.ask, () => this.answer(), failed);
+    if (this.writes) this.prepareWriting();
     state("ready");
     const float = facts.models[1];
     if (float && float.bytes <= ASK_FIRST) await this.openModel(float);
@@ -98,6 +101,10 @@ class Page {
     failed("");
     const runs = this.input.read();
     if (!runs) return;
+    if (this.writes) {
+      await this.write(runs);
+      return;
+    }
     const { show, ask: { mask } } = this.facts;
     try {
       const found = {};
@@ -118,6 +125,59 @@ class Page {
     } catch (error) {
       failed(`The model refuses this input: ${error.message}`);
     }
+  }
+
+  prepareWriting() {
+    at("answer-heading").textContent = "Continuation";
+    at("column-speed").textContent = "tokens per second";
+    at("column-count").textContent = "tokens";
+    at("measure").hidden = true;
+    this.input.stop.addEventListener("click", () => { this.stopped = true; });
+  }
+
+  // Every open model writes the text on, in turns.
+  async write({ ids, count, temperature }) {
+    const { facts: { ask, show }, input: { vocabulary } } = this;
+    this.stopped = false;
+    this.input.busy(true);
+    state("writing");
+    at("status").textContent = "Writing…";
+    const shown = blocks(at("answer"), this.open, vocabulary.decode(ids));
+    try {
+      const texts = await write({
+        models: this.open.map((model) => model.name), ids, vocabulary, ask, count, temperature, seed: ++this.turn,
+        run: (name, feeds, row) => this.ask("run", { name, feeds, output: show.output, row: show.pool === "last" ? row : 0 }),
+        grown: (text) => { shown.get(text.name).behind.textContent = written(text, vocabulary); },
+        stopped: () => this.stopped,
+      });
+      this.wrote(texts, shown);
+    } catch (error) {
+      failed(`The model cannot go on: ${error.message}`);
+    } finally {
+      this.input.busy(false);
+      at("status").textContent = "Ready.";
+    }
+  }
+
+  wrote(texts, shown) {
+    const speeds = rates(texts);
+    for (const text of texts) {
+      shown.get(text.name).why.textContent = text.why ? ` [${text.why}]` : "";
+      const cells = at(`row-${text.name}`).children;
+      cells[2].textContent = speeds[text.name].rate.toFixed(1);
+      cells[3].textContent = speeds[text.name].tokens;
+      at(`row-${text.name}`).dataset.ms = 1000 / speeds[text.name].rate;
+    }
+    if (texts.length > 1) {
+      const [first, second] = texts.map((text) => text.new);
+      const same = together(first, second);
+      const whole = Math.max(first.length, second.length);
+      at("agreement").textContent = same === whole ? `Both wrote the same ${whole} tokens.` : `The first ${same} of ${whole} tokens are the same; from there on each goes on from its own text.`;
+      at("agreement").dataset.same = same;
+      this.verdict(Object.fromEntries(texts.map(({ name }) => [name, { median: 1 / speeds[name].rate }])));
+    }
+    this.timed = texts.length;
+    state("timed");
   }
 
   compare(found) {

@@ -1,72 +1,45 @@
-// A text as token ids: WordPiece as tokenizer.json of BERT's family has it, or single characters of a vocabulary.
+// Texts as the model's input: cut into tokens as the model's own tokenizer does it, or into characters.
+import { tokenizer } from "./tokenizer.js";
 
-const isControl = (c) => /\p{C}/u.test(c) && !/[\t\n\r]/.test(c);
-const isPunctuation = (c) => /[!-/:-@[-`{-~]|\p{P}/u.test(c);
-const CHINESE = /[\u4E00-\u9FFF\u3400-\u4DBF\u{20000}-\u{2A6DF}\u{2A700}-\u{2B73F}\u{2B740}-\u{2B81F}\u{2B820}-\u{2CEAF}\uF900-\uFAFF\u{2F800}-\u{2FA1F}]/gu;
-
-function normalize(text, rules) {
-  if (!rules) return text;
-  if (rules.clean_text) {
-    text = [...text].filter((c) => c !== "\0" && c !== "\uFFFD" && !isControl(c)).join("").replace(/\s/gu, " ");
-  }
-  if (rules.handle_chinese_chars) text = text.replace(CHINESE, " $& ");
-  if (rules.strip_accents ?? rules.lowercase) text = text.normalize("NFD").replace(/\p{Mn}/gu, "");
-  return rules.lowercase ? text.toLowerCase() : text;
-}
-
-function words(text) {
-  const found = [];
-  for (const part of text.split(/\s+/u).filter(Boolean)) {
-    let word = "";
-    for (const c of part) {
-      if (!isPunctuation(c)) { word += c; continue; }
-      if (word) found.push(word);
-      found.push(c);
-      word = "";
-    }
-    if (word) found.push(word);
-  }
-  return found;
-}
-
-// The longest piece of the vocabulary at every position; a word that cannot be spelt so is unknown as a whole.
-function pieces(word, model) {
-  const letters = [...word];
-  const ids = [];
-  for (let start = 0; start < letters.length;) {
-    let end = letters.length;
-    const prefix = start ? model.continuing_subword_prefix : "";
-    while (end > start && !Object.hasOwn(model.vocab, prefix + letters.slice(start, end).join(""))) end--;
-    if (end === start || letters.length > model.max_input_chars_per_word) return [model.vocab[model.unk_token]];
-    ids.push(model.vocab[prefix + letters.slice(start, end).join("")]);
-    start = end;
-  }
-  return ids;
-}
-
-export function wordPiece(tokenizer, limit) {
-  const { before, after } = frame(tokenizer.post_processor);
-  return (text) => {
-    const ids = words(normalize(text, tokenizer.normalizer)).flatMap((word) => pieces(word, tokenizer.model));
-    return [...before, ...ids.slice(0, limit - before.length - after.length), ...after];
-  };
-}
-
-// The ids that every text stands between.
-function frame(processor) {
-  if (!processor) return { before: [], after: [] };
-  if (processor.type === "BertProcessing") return { before: [processor.cls[1]], after: [processor.sep[1]] };
-  const ids = processor.single.map((part) => part.SpecialToken && processor.special_tokens[part.SpecialToken.id].ids);
-  const at = ids.indexOf(undefined);
-  return { before: ids.slice(0, at).flat(), after: ids.slice(at + 1).flat() };
-}
-
-export function characters(vocabulary, limit) {
+// A vocabulary of single characters, with the same methods as a tokenizer; what it lacks is left out.
+export function characters(vocabulary) {
+  const names = new Map(Object.entries(vocabulary).map(([name, id]) => [id, name]));
   const start = "<s>" in vocabulary ? [vocabulary["<s>"]] : [];
-  return (text) => {
-    const ids = [...text].filter((c) => Object.hasOwn(vocabulary, c)).map((c) => vocabulary[c]);
-    return [...start, ...ids].slice(-limit);
+  const seen = (id) => names.has(id) && !start.includes(id) && id !== 0; // 0 fills up
+  return {
+    before: start, after: [], special: new Set(start),
+    ids: (text) => [...text].filter((c) => Object.hasOwn(vocabulary, c)).map((c) => vocabulary[c]),
+    name: (id) => names.get(id),
+    decode: (ids) => ids.filter(seen).map((id) => names.get(id)).join(""),
   };
+}
+
+// The file that page.json names, opened.
+export async function vocabularyFor(ask) {
+  const response = await fetch(ask.vocabulary);
+  if (!response.ok) throw new Error(`${ask.vocabulary}: the server answered ${response.status}`);
+  let table;
+  try {
+    table = await response.json();
+  } catch {
+    throw new Error(`${ask.vocabulary} is not JSON; copy the page again`);
+  }
+  return ask.tokens === "characters" ? characters(table) : tokenizer(table);
+}
+
+// The ids that the model gets, and how many the text has: beyond the limit its end is left out, or of characters its start.
+export function encoded(text, vocabulary, { limit, tokens }) {
+  const { before, after } = vocabulary;
+  const ids = vocabulary.ids(text);
+  const whole = before.length + ids.length + after.length;
+  if (tokens === "characters") return { ids: [...before, ...ids].slice(-limit), whole };
+  return { ids: [...before, ...ids.slice(0, Math.max(0, limit - before.length - after.length)), ...after], whole };
+}
+
+// Real tokens are numbered from 0 on; what fills up has the number 0, too.
+function places(real) {
+  let next = 0;
+  return real.map((one) => (one ? next++ : 0));
 }
 
 // Ids -> the inputs of the model; a fixed length is filled up on the side that the page says.
@@ -81,36 +54,52 @@ export function feed(ids, ask) {
   });
   const feeds = { [ask.input.name]: tensor(row, ask.input) };
   if (ask.mask) feeds[ask.mask.name] = tensor(real, ask.mask);
+  if (ask.positions) feeds[ask.positions.name] = tensor(places(real), ask.positions);
   if (ask.kinds) feeds[ask.kinds.name] = tensor(row.map(() => 0), ask.kinds);
   return feeds;
 }
 
-export async function make(place, ask, changed, failed) {
-  const table = await (await fetch(ask.vocabulary)).json();
-  const encode = (ask.tokens === "characters" ? characters : wordPiece)(table, ask.limit);
-  const boxes = Array.from({ length: ask.texts }, (_, i) => {
+function textBoxes(place, ask, changed) {
+  return Array.from({ length: ask.texts }, (_, i) => {
     const label = document.createElement("label");
     label.textContent = ask.texts === 1 ? "Text" : `Text ${i + 1}`;
     const box = document.createElement("textarea");
     box.id = `text-${i + 1}`;
     box.value = ask.examples[i] ?? "";
+    box.addEventListener("input", changed);
     label.append(box);
     place.append(label);
     return box;
   });
-  const said = document.createElement("p");
-  said.className = "quiet";
-  place.append(said);
+}
+
+function told(rows, { limit, tokens }) {
+  const counts = `${rows.map(({ whole }) => whole).join(" and ")} tokens, of at most ${limit}`;
+  if (!rows.some(({ whole }) => whole > limit)) return counts;
+  return `${counts}: the ${tokens === "characters" ? "start" : "end"} of a longer text is left out.`;
+}
+
+export async function make(place, ask, changed) {
+  const vocabulary = await vocabularyFor(ask);
   let waiting;
   const soon = () => { clearTimeout(waiting); waiting = setTimeout(changed, 300); };
-  for (const box of boxes) box.addEventListener("input", soon);
+  const boxes = textBoxes(place, ask, soon);
+  const said = document.createElement("p");
+  said.setAttribute("role", "status");
+  place.append(said);
+  const say = (text, wrong = false) => { said.textContent = text; said.className = wrong ? "wrong" : "quiet"; };
   return {
+    vocabulary,
     read() {
-      if (boxes.some((box) => !box.value.trim())) return null;
-      const ids = boxes.map((box) => encode(box.value));
-      if (ids.some((row) => !row.length)) { failed("No character of this text is in the model's vocabulary."); return null; }
-      said.textContent = `${ids.map((row) => row.length).join(" and ")} tokens, of at most ${ask.limit}`;
-      return ids.map((row) => feed(row, ask));
+      const empty = boxes.filter((box) => !box.value.trim());
+      if (empty.length) {
+        say(ask.texts === 1 ? "Enter a text." : `Text ${boxes.indexOf(empty[0]) + 1} is empty; the model compares two.`, true);
+        return null;
+      }
+      const rows = boxes.map((box) => encoded(box.value, vocabulary, ask));
+      if (rows.some(({ ids }) => !ids.length)) { say("No character of this text is in the model's vocabulary.", true); return null; }
+      say(told(rows, ask), rows.some(({ whole }) => whole > ask.limit));
+      return rows.map(({ ids }) => feed(ids, ask));
     },
     begin: changed,
   };

@@ -1,4 +1,5 @@
 // Holds the sessions of ONNX Runtime, away from the page, which stays free to answer the user.
+import { fromHalf, toHalf } from "./half.js";
 import * as ort from "./runtime/ort.wasm.min.mjs";
 
 ort.env.logLevel = "error";
@@ -35,13 +36,24 @@ async function open({ name, file, bytes }, progress) {
 
 function tensors(feeds) {
   return Object.fromEntries(
-    Object.entries(feeds).map(([name, { type, data, dims }]) => [name, new ort.Tensor(type, data, dims)]),
+    Object.entries(feeds).map(([name, { type, data, dims }]) => [name, new ort.Tensor(type, type === "float16" ? toHalf(data) : data, dims)]),
   );
 }
 
-async function run({ name, feeds, output }) {
-  const given = await sessions[name].run(tensors(feeds), [output]);
-  return { data: Array.from(given[output].data, Number), dims: [...given[output].dims] };
+function numbers({ type, data }) {
+  return type === "float16" ? fromHalf(new Uint16Array(data.buffer, data.byteOffset, data.length)) : data;
+}
+
+// The output, or of it one row along the last axis but one; and how long the model took, without what is done around it.
+async function run({ name, feeds, output, row }) {
+  const inputs = tensors(feeds);
+  const before = performance.now();
+  const given = (await sessions[name].run(inputs, [output]))[output];
+  const ms = performance.now() - before;
+  const data = numbers(given);
+  const width = given.dims[given.dims.length - 1];
+  if (row === undefined) return { data: Array.from(data, Number), dims: [...given.dims], ms };
+  return { data: Float32Array.from(data.subarray(row * width, (row + 1) * width), Number), dims: [1, width], ms };
 }
 
 const median = (values) => {
