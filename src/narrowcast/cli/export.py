@@ -44,8 +44,13 @@ PlatformOption = Annotated[
     str | None, typer.Option("--platform", metavar="arm|amd64", help="Of .ort files: what they are optimized for.")
 ]
 FloatOption = Annotated[
-    str | None, typer.Option("--float", metavar="MODEL", help="Of pages: the float32 model to compare with.")
-]
+    str | None,
+    typer.Option(
+        "--float", metavar="MODEL",
+        help="Of pages: the float32 model to compare with; default: model.onnx or onnx/model.onnx near IN, if it fits; "
+        "'none' leaves it out.",
+    ),
+]  # fmt: skip
 RuntimeOption = Annotated[
     Path | None,
     typer.Option("--runtime-from", metavar="FOLDER", help="Of pages: an installed onnxruntime-web; default: npm's."),
@@ -55,7 +60,9 @@ LabelsOption = Annotated[
 ]
 ShowOption = Annotated[
     str | None,
-    typer.Option("--show", metavar="classes|likeness|values", help="Of pages: what the output is; default: a guess."),
+    typer.Option(
+        "--show", metavar="classes|likeness|values|continuation", help="Of pages: what the output is; default: a guess."
+    ),
 ]
 
 
@@ -106,7 +113,7 @@ def export(
     target.check(out)
     with output.working(f"opening {model}"):
         source = _open(model, into)
-        request = Request(_sendable(source), out, _example(data, options, model), _ready(settings, source))
+        request = Request(_sendable(source), out, _example(data, options, model), _ready(settings, source, to))
     with output.working(f"writing {out}"):
         done = target.deliver(request)
     output.json({"out": str(out), **{key: getattr(done, key) for key in ("files", "facts", "notes", "warnings")}})
@@ -147,15 +154,29 @@ def _example(data: str | None, options: Any, model: str) -> Any:
     return None if data is None else open_data(data, options, model=model)
 
 
-def _ready(settings: dict[str, Any], source: Source) -> dict[str, Any]:
+def _ready(settings: dict[str, Any], source: Source, to: str) -> dict[str, Any]:
     """The settings with what they name opened."""
     from narrowcast.export.web_options import read_labels
 
-    if "reference" in settings:
-        settings["reference"] = _sendable(open_model(settings["reference"], beside=source))
+    if to == "web":
+        settings["reference"] = _reference(settings.get("reference"), source)
     if "labels" in settings:
         settings["labels"] = read_labels(settings["labels"])
     return settings
+
+
+def _reference(named: str | None, source: Source) -> Any:
+    """The float32 model that stands beside: the named one, or the file that lies near; None for none."""
+    from narrowcast.export.web_float import float_file, found_beside, same_ports
+
+    if named is None:
+        return found_beside(Path(source.text)) if source.kind == "onnx" else None
+    if named == "none":
+        return None
+    file = float_file(Path(named))
+    if file is not None and source.kind == "onnx" and same_ports(file, Path(source.text)):
+        return file
+    return _sendable(open_model(named, beside=source))
 
 
 def _show(output: Output, done: Delivered) -> None:

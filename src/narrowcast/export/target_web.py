@@ -7,6 +7,7 @@ from pathlib import Path
 from narrowcast.export.checkpoint_files import refuse_foreign
 from narrowcast.export.targets import Delivered, Request
 from narrowcast.export.web_export import WHAT, foreign_to_page, web
+from narrowcast.export.web_float import HOW
 from narrowcast.export.web_options import PageOptions, with_folder
 
 
@@ -23,8 +24,10 @@ def deliver(request: Request) -> Delivered:
     options = PageOptions(**settings)
     options = options if folder is None else with_folder(options, folder)
     page = web(request.model, request.out, request.example, options=options, **named)
+    reference = named.get("reference")
     ask, show = page.facts["ask"], page.facts["show"]
     facts = {
+        "compared with": f"float32{f', {reference}' if isinstance(reference, Path) else ''}" if reference else HOW,
         "asks for": ask["kind"], "shows": show["kind"], "onnxruntime-web": page.runtime,
         **{f"{name} in WebAssembly": f"{value:.1f} dB to the CPU's answer" for name, value in page.parity.items()},
         "to see it": f"python -m http.server -d {request.out} and open http://localhost:8000",

@@ -148,7 +148,7 @@ class _Making:
 
     def _shown(self, asked: Question, shape: tuple[int, ...]) -> dict[str, Any]:
         """What is made of the output; of texts, also how many tokens the model takes."""
-        module, output = self.modules["quantized"], self.outputs[0].name
+        module, output = next(reversed(self.modules.values())), self.outputs[0].name  # float32 where it is there
 
         def run(feeds: Mapping[str, Any]) -> Any:
             return _answer(module, feeds, output)

@@ -14,6 +14,12 @@ from narrowcast.export.web_text import is_text, text_question, tokens_in_a_row
 
 _FIELDS = 16  # numbers that get a field each
 _OPEN_TOKENS = 8  # length of an example where the model leaves it open
+# Inputs of decoders that are given the keys and values of earlier tokens.
+_PAST = "past_key_values"
+_CACHED = (
+    "the model wants the keys and values of earlier tokens (past_key_values), which the page does not keep; export it "
+    "without a cache to write texts on"
+)
 
 
 def question(inputs: list[Port], options: PageOptions) -> Question:
@@ -26,7 +32,7 @@ def question(inputs: list[Port], options: PageOptions) -> Question:
     if picture is not None:
         return Question(picture, {})
     if not is_text(inputs):
-        return _numbers(inputs, ())
+        return _numbers(inputs, (_CACHED,) if any(_PAST in port.name for port in inputs) else ())
     if options.tokenizer is None:
         return _numbers(inputs, ("the inputs are token ids, and no vocabulary was given: --tokenizer asks for texts",))
     found = text_question(inputs, options, options.tokenizer)

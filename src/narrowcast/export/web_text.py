@@ -18,7 +18,9 @@ LONGEST = 512  # tokens that a page hands over where neither the model nor its f
 _IDS, _MASK, _KINDS, _PLACES = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 _FILLS = ("<pad>", "[PAD]", "<|endoftext|>", "</s>")
 _ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<eos>", "<end_of_turn>", "<|end|>")
-_CAUSAL = 1e-3  # of the largest output: what a later token may change of earlier outputs by rounding alone
+# What a later token may change of earlier scores, as a share of their variance: ranges that are found at run time for a
+# whole tensor carry rounding over (stories260k, dynamic-int8: at most 4e-4 for 20 pairs), attention carries meaning.
+_CAUSAL = 0.02
 
 
 def is_text(inputs: list[Port]) -> bool:
@@ -127,5 +129,4 @@ def writes(answer: Callable[[dict[str, Any]], Any], asked: Question, inputs: lis
     feeds[name] = feeds[name].copy()
     feeds[name][0, -1] = (feeds[name][0, -1] + 1) % asked.vocabulary
     second = np.asarray(answer(feeds), np.float64)
-    apart = float(np.abs(first[:, :-1] - second[:, :-1]).max(initial=0.0))
-    return count > 1 and apart <= _CAUSAL * float(np.abs(first).max())
+    return count > 1 and float(np.mean((first - second)[:, :-1] ** 2)) <= _CAUSAL * float(np.var(first[:, :-1]))

@@ -16,6 +16,19 @@ function failed(message) {
   if (message) state("failed");
 }
 
+// Why the worker's scripts do not start: browsers say nothing of files that are missing or sent as something else.
+const SCRIPTS = ["worker.js", "half.js", "runtime/ort.wasm.min.mjs", "runtime/ort-wasm-simd-threaded.mjs"];
+
+async function whyNot() {
+  for (const script of SCRIPTS) {
+    const response = await fetch(script);
+    const type = response.headers.get("content-type");
+    if (!response.ok) return `${script}: the server answered ${response.status}; copy the page again`;
+    if (!/javascript|ecmascript/.test(type ?? "")) return `the server sends ${script} as ${type ?? "nothing"}, and browsers run only text/javascript; tell it so of .js and .mjs files`;
+  }
+  return "its script does not start";
+}
+
 // Questions to the worker, each with the promise of its answer.
 function ask(worker) {
   const waiting = new Map();
@@ -26,7 +39,7 @@ function ask(worker) {
     if (error === undefined) entry.resolve(result);
     else entry.reject(new Error(error));
   };
-  worker.onerror = (event) => failed(`The model cannot run here: ${event.message || "its script was not found"}`);
+  worker.onerror = async (event) => failed(`The model cannot run here: ${event.message || await whyNot()}`);
   let count = 0;
   return (task, argument, progress) => new Promise((resolve, reject) => {
     waiting.set(++count, { resolve, reject, progress });
