@@ -53,10 +53,19 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path, *, isolated: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """The address of a folder on a static server of its own, and the paths that were asked for."""
+def served(
+    folder: Path, *, isolated: bool = False, types: dict[str, str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """The address of a folder on a static server of its own, and the paths that were asked for.
+
+    Args:
+        folder: what is served.
+        isolated: whether pages may share memory between threads.
+        types: by the ending of a file, as what it is sent.
+    """
     asked: list[str] = []
-    kind = type("Handler", (_Handler,), {"isolated": isolated, "asked": asked})
+    known = {**_Handler.extensions_map, ".mjs": "text/javascript", ".js": "text/javascript", **(types or {})}
+    kind = type("Handler", (_Handler,), {"isolated": isolated, "asked": asked, "extensions_map": known})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -134,3 +134,68 @@ def test_numbers_that_do_not_fit_are_told_so(javascript: Callable[..., Any], val
 def test_every_part_of_the_page_is_loaded_from_its_own_folder() -> None:
     for file in PAGE.iterdir():
         assert "://" not in file.read_text(encoding="utf-8"), file.name
+
+
+def test_half_precision_is_that_of_numpy(javascript: Callable[..., Any]) -> None:
+    generator = np.random.default_rng(0)
+    values = np.concatenate([
+        generator.standard_normal(500), generator.standard_normal(500) * 1e-6, generator.standard_normal(200) * 3e4,
+        np.arange(-40, 40) * 2.0**-25,
+        [0.0, -0.0, 65504, 65519.9, 65520, 1e9, -1e9, 2**-14, 2**-14 - 2**-25, 2049, 2051],
+    ]).astype(np.float32)  # fmt: skip
+    script = """import { fromHalf, toHalf } from "./half.js"; //
+    const halves = toHalf(Float32Array.from(given));
+    give([Array.from(halves), Array.from(fromHalf(halves.filter((half) => (half & 0x7c00) !== 0x7c00)))]);"""
+    halves, back = javascript(script, values.tolist())
+    with np.errstate(over="ignore"):
+        wanted = values.astype(np.float16)
+    assert halves == wanted.view(np.uint16).tolist()
+    np.testing.assert_array_equal(np.array(back, np.float32), wanted[np.isfinite(wanted)].astype(np.float32))
+
+
+def test_the_likeliest_token_or_one_by_its_share_is_chosen(javascript: Callable[..., Any]) -> None:
+    script = """import { choose, drawer } from "./writing.js"; //
+    const scores = [0, Math.log(3), -Infinity]; const counts = [0, 0, 0]; const draw = drawer(1);
+    for (let i = 0; i < 4000; i++) counts[choose(scores, 1, draw())]++;
+    give({ counts, first: choose(scores, 0, 0.99), cold: choose(scores, 0.01, 0.01),
+      same: drawer(5)() === drawer(5)(), other: drawer(5)() === drawer(6)() });"""
+    found = javascript(script)
+    assert found["first"] == found["cold"] == 1 and found["same"] and not found["other"]
+    assert abs(found["counts"][1] / 4000 - 0.75) < 0.03 and found["counts"][2] == 0
+
+
+def test_texts_are_written_in_turns_until_an_end_or_the_last_position(javascript: Callable[..., Any]) -> None:
+    script = """import { rates, together, write } from "./writing.js"; //
+    const ask = { limit: 4, length: null, tokens: "words", pad: "right", stop: [9],
+      input: { name: "i", type: "int32" } };
+    const seen = [];
+    const run = async (name, feeds, row) => {
+      seen.push([name, Array.from(feeds.i.data), row]);
+      const data = Array(10).fill(0);
+      data[name === "a" && feeds.i.data.length === 3 ? 9 : feeds.i.data.length] = 1;
+      return { data, ms: name === "a" ? 10 : 20 };
+    };
+    const texts = await write({ models: ["a", "b"], ids: [1, 2], vocabulary: {}, ask, count: 9, temperature: 0, seed: 1,
+      run, grown: () => {}, stopped: () => false });
+    give({ seen, texts, rates: rates(texts), same: together(texts[0].new, texts[1].new) });"""
+    found = javascript(script)
+    assert [text["new"] for text in found["texts"]] == [[2, 9], [2, 3, 4]] and found["same"] == 1
+    assert [text["why"] for text in found["texts"]] == ["ends here", "stops at the model's 4 tokens"]
+    assert found["seen"][:3] == [["a", [1, 2], 1], ["b", [1, 2], 1], ["a", [1, 2, 2], 2]]
+    assert found["rates"] == {"a": {"rate": 100, "tokens": 2}, "b": {"rate": 50, "tokens": 3}}
+
+
+def test_a_window_of_characters_slides(javascript: Callable[..., Any]) -> None:
+    script = """import { window } from "./writing.js"; //
+    const ask = { limit: 3, length: 3, tokens: "characters", pad: "left", pad_id: 0,
+      input: { name: "i", type: "int32" } };
+    const seen = ({ feeds, row }) => [Array.from(feeds.i.data), row];
+    give([[5], [5, 6, 7, 8]].map((ids) => seen(window(ids, ask))));"""
+    assert javascript(script) == [[[0, 0, 5], 2], [[6, 7, 8], 2]]
+
+
+def test_a_longer_text_says_what_is_left_out(javascript: Callable[..., Any]) -> None:
+    script = """import { encoded } from "./text.js"; //
+    const vocabulary = { before: [1], after: [2], ids: (text) => [...text].map(Number) };
+    give(["3456", "34"].map((text) => encoded(text, vocabulary, { limit: 5, tokens: "words" })));"""
+    assert javascript(script) == [{"ids": [1, 3, 4, 5, 2], "whole": 6}, {"ids": [1, 3, 4, 2], "whole": 4}]
