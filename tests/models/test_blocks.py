@@ -85,10 +85,37 @@ def test_stages_are_taken_apart_into_their_blocks_and_single_convolutions_in_a_r
     assert result.blocks[0].layers == ("stages.0.0.0", "stages.0.0.2")
 
 
-def test_a_block_is_linked_to_the_one_before_unless_something_computes_in_between() -> None:
+def test_modules_of_one_class_side_by_side_are_blocks() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Mixer(), Mixer()
+            self.third = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x, x)[0], x)[0])
+
+    result = found(Pairs(), torch.randn(2, 8))
+    assert [block.path for block in result.blocks] == ["first", "second", "third.0", "third.1"]
+
+
+def test_towers_of_one_class_are_not_blocks_but_what_repeats_in_them_is() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = Decoder(2), Decoder(2)
+
+        def forward(self, indices: Tensor) -> Tensor:
+            return self.left(indices) + self.right(indices)
+
+    paths = [block.path for block in found(Towers(), INDICES).blocks]
+    assert "left" not in paths and {"left.layers.0", "right.layers.1"} < set(paths)
+
+
+def test_a_block_is_linked_to_the_one_before_where_nothing_else_has_a_part_in_its_inputs() -> None:
     links = {block.path: block.link is not None for block in found(Decoder(), INDICES).blocks}
     # the position table of the first block comes from neither input nor output of the embedding
-    assert links == {"table": False, "layers.0": False, "layers.1": True, "layers.2": True, "head": False}
+    assert links == {"table": False, "layers.0": False, "layers.1": True, "layers.2": True, "head": True}
 
 
 def test_following_a_link_gives_what_the_block_is_called_with() -> None:
@@ -104,7 +131,9 @@ def test_following_a_link_gives_what_the_block_is_called_with() -> None:
     output = model.layers[1](*before[0], **before[1])
     link = blocks[3].link
     assert link is not None
-    args, kwargs = link.follow(before, output)
+    followed = link.follow(before, output)
+    assert followed is not None
+    args, kwargs = followed
     assert kwargs == {"scale": True} and len(args) == 2
     assert torch.equal(args[0], calls["layers.2"][0][0]) and args[1] is model.position
 

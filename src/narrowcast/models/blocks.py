@@ -1,10 +1,11 @@
 """The blocks of a model, found without tracing: parts that run one after another, each once per forward pass.
 
 Candidates come from the module tree: the members of the outermost `ModuleList` or `Sequential` that repeats parts
-(transformer layers, residual blocks), and every quantizable layer that stands outside of such members as a block of
-its own (embeddings, stems, downsampling, heads). One forward pass then says in which order they run, and how the
-inputs of each follow from the block before it. Where they do not follow from it, because something computes in
-between, the model has to be run up to the block to get at its inputs.
+(transformer layers, residual blocks), modules of one class side by side that hold no such container, and every
+quantizable layer that stands outside of these as a block of its own (embeddings, stems, downsampling, heads). One
+forward pass then says in which order they run, and how the inputs of each follow from the block before it, also
+through functions in between, see `glue.py`. Where they do not, because earlier blocks or the model's inputs have a
+part in them, the model has to be run up to the block.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from narrowcast.models.glue import Glue, GlueRecorder
 from narrowcast.models.modules import get_module
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -28,15 +30,25 @@ class Link:
     Args:
         spec: structure of (args, kwargs).
         sources: for each leaf ("output", i) or ("input", i), the i-th leaf of what the block before gave or got, or
-            ("value", x), the same at every call.
+            ("glue", i), a slot of what is computed in between, or ("value", x), the same at every call.
+        glue: what is computed in between.
     """
 
     spec: pytree.TreeSpec
     sources: tuple[tuple[str, Any], ...]
+    glue: Glue | None = None
 
-    def follow(self, before: tuple[Any, Any], output: Any) -> tuple[Any, Any]:
-        """(args, kwargs) of the block, from those of the block before and what that gave."""
-        leaves = {"output": pytree.tree_leaves(output), "input": pytree.tree_leaves(before)}
+    def follow(self, before: tuple[Any, Any], output: Any) -> tuple[Any, Any] | None:
+        """(args, kwargs) of the block, from those of the block before and what that gave.
+
+        None where these have other shapes than those that the glue was recorded with.
+        """
+        leaves: dict[str, Any] = {"output": pytree.tree_leaves(output), "input": pytree.tree_leaves(before)}
+        if self.glue is not None:
+            known = [*leaves["input"], *leaves["output"]]
+            if not self.glue.fits(known):
+                return None
+            leaves["glue"] = self.glue.replay(known)
         found = [what if kind == "value" else leaves[kind][what] for kind, what in self.sources]
         args, kwargs = pytree.tree_unflatten(found, self.spec)
         return tuple(args), dict(kwargs)
@@ -130,12 +142,24 @@ def _candidates(path: str, module: nn.Module, wanted: tuple[str, ...], *, inside
     if not isinstance(module, _CONTAINERS):
         if inside:
             return [path]
-        return [found for name, child in children for found in _candidates(name, child, wanted, inside=False)]
+        return _of_children(children, wanted)
     single = all(len(_inside(name, wanted)) == 1 for name, _ in children)
     if inside and single and type(module) is nn.Sequential and len(children) > 1:
         return [path]  # the depthwise and the pointwise convolution of one MobileNet block
     repeats = inside or len(children) > 1
     return [found for name, child in children for found in _candidates(name, child, wanted, inside=repeats)]
+
+
+def _of_children(children: list[tuple[str, nn.Module]], wanted: tuple[str, ...]) -> list[str]:
+    """Of modules side by side, those of a class that occurs again are parts that repeat, as in a list."""
+    classes = [type(child) for _, child in children]
+    found: list[str] = []
+    for name, child in children:
+        inner = _candidates(name, child, wanted, inside=False)
+        layers = _inside(name, wanted)
+        is_part = name not in wanted and classes.count(type(child)) > 1 and set(inner) == set(layers)
+        found += [name] if is_part and len(layers) > 1 else inner
+    return found
 
 
 @dataclass
@@ -183,8 +207,9 @@ class _Seen:
 class _Watch:
     """Hooks of one pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: GlueRecorder) -> None:
         self.seen = _Seen()
+        self.recorder = recorder
         self.active = False
         self.inside: list[str] = []
         self.before: tuple[list[tuple[Any, int]], list[tuple[Any, int]]] | None = None  # leaves with versions
@@ -202,6 +227,7 @@ class _Watch:
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model's own forward ends; later passes are not looked at."""
         self.active = False
+        self.recorder.stop()
 
     def enter(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A candidate begins."""
@@ -210,6 +236,7 @@ class _Watch:
         if path not in self.seen.calls:
             self.seen.entered.append(path)
             self.seen.links[path] = self._link((args, kwargs))
+        self.recorder.stop()
         self.seen.calls[path] = self.seen.calls.get(path, 0) + 1
         self.inside.append(path)
         self.inputs = _leaves((args, kwargs))
@@ -221,6 +248,7 @@ class _Watch:
             return
         self.inside.pop()
         self.before = (self.inputs, _leaves(output))
+        self.recorder.begin([leaf for part in self.before for leaf, _ in part])
         self.seen.sizes[path] += _bytes(output)
 
     def layer(self, path: str, owner: str) -> None:
@@ -238,15 +266,20 @@ class _Watch:
         if self.before is None:
             return None
         leaves, spec = pytree.tree_flatten(inputs)
-        sources = []
+        sources: list[tuple[str, Any]] = []
+        computed: dict[int, Tensor] = {}
         for leaf in leaves:
             source = _source(leaf, *self.before)
+            if source is None and (slot := self.recorder.slot(leaf)) is not None:
+                source = "glue", slot
+                computed[slot] = leaf
             if source is None:
                 return None
             sources.append(source)
-        if not any(kind == "output" for kind, _ in sources):
-            return None  # it does not depend on the block before: it comes from somewhere else
-        return Link(spec, tuple(sources))
+        if all(kind == "value" for kind, _ in sources):
+            return None  # it comes from somewhere else
+        glue = self.recorder.glue(computed) if computed else None
+        return Link(spec, tuple(sources), glue) if glue is not None or not computed else None
 
 
 def _source(leaf: Any, inputs: list[tuple[Any, int]], outputs: list[tuple[Any, int]]) -> tuple[str, Any] | None:
@@ -273,7 +306,8 @@ def _is_shaped(leaf: Any) -> bool:
 
 
 def _watch(model: nn.Module, candidates: dict[str, tuple[str, ...]], run: Callable[[], Any]) -> _Seen:
-    watch = _Watch()
+    recorder = GlueRecorder(model, [get_module(model, path) for path in candidates])
+    watch = _Watch(recorder)
     handles = [model.register_forward_pre_hook(watch.start, with_kwargs=True, prepend=True)]
     for path, layers in candidates.items():
         module = get_module(model, path)
@@ -286,7 +320,8 @@ def _watch(model: nn.Module, candidates: dict[str, tuple[str, ...]], run: Callab
             handles.append(part.register_forward_pre_hook(lambda m, a, p=layer, o=path: watch.layer(p, o)))
     handles.append(model.register_forward_hook(watch.end))
     try:
-        run()
+        with recorder:
+            run()
     finally:
         for handle in handles:
             handle.remove()

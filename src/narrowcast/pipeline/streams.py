@@ -201,11 +201,10 @@ class Stream:
     def _next(self, index: int, number: int, entry: Inputs | None) -> Inputs | None:
         if index not in self.reached[number]:
             return None
-        link = self.blocks[index].link
-        if link is None or entry is None:
-            return _run_up_to(self.model(), self.blocks[index].path, self.calls[number])
-        output = self._outputs[number] if self._outputs is not None else self.run(number)
-        return link.follow(entry, output)
+        link, found = self.blocks[index].link, None
+        if link is not None and entry is not None:
+            found = link.follow(entry, self._outputs[number] if self._outputs is not None else self.run(number))
+        return found if found is not None else _run_up_to(self.model(), self.blocks[index].path, self.calls[number])
 
     def run(self, number: int) -> Any:
         """What the block gives for one call; None where the call does not reach it."""
