@@ -20,6 +20,7 @@ from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models import onnx_targets as targets
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
 from narrowcast.models.onnx_exact import Product, write_products
+from narrowcast.models.onnx_faster import add_before_norms
 from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_large import released, spool_for
@@ -316,12 +317,12 @@ class OnnxModel(ModelAdapter):
         return Product(use, record, Codes.of(scale.numpy(), zero.numpy(), 1 if use.op == "Conv" else -1))
 
     def finish(self) -> None:
-        """Remove what nothing reads any more."""
+        """Remove what nothing reads any more, and write what is left so that it is fast."""
         from onnx_ir.passes import common
 
         self.codes |= dict(self._halves.alone(self._scribe))
         self.portable.store_unsigned(self._scribe, self.codes)
-        self.notes += self.portable.notes()
+        self.notes += self.portable.notes() + add_before_norms(self.graph)
         common.RemoveUnusedNodesPass()(self.graph)
         self.graph.graph.sort()
         self.model = OnnxModule(self.graph, self.name)
