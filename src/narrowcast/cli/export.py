@@ -103,8 +103,8 @@ def export(
     output = Output(as_json=as_json, quiet=quiet)
     options = data_options(batch_size, limit, tokenizer, mean, std, image_size, image_layout)
     settings: dict[str, Any] = {
-        "form": form, "ranges": ranges, "platform": platform, "reference": reference, "runtime": runtime_from, "title": title,
-        "labels": labels, "show": show,
+        "form": form, "ranges": ranges, "platform": platform, "reference": reference, "runtime": runtime_from,
+        "title": title, "labels": labels, "show": show,
     } | (_preparation(model, options) if to == "web" else {})  # fmt: skip
     target, settings = _target(to), {key: value for key, value in settings.items() if value}
     target.check_settings(settings)

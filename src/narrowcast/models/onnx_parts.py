@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from narrowcast.models.onnx_layers import attribute
 from narrowcast.models.onnx_static import rectified
-from narrowcast.models.onnx_tokens import TOKENS, noted_product
+from narrowcast.models.onnx_tokens import EPILOGUE, TOKENS, noted_product
 
 Array = Any
 LAYERS, RANGES = "narrowcast.layers", "narrowcast.ranges"
@@ -156,6 +156,8 @@ class _Reader:
             return None
         if node.op_type == "Gather" and int(weight.const_value.shape[-1]) == 1:
             return None  # a scale or zero point of every row
+        if str(weight.name).endswith(EPILOGUE):
+            return None  # what zero points of rows add up to, and the bias
         name = _stem(str(weight.name))
         while name in taken:
             name += "'"
