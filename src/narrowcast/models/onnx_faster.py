@@ -1,6 +1,6 @@
 """The same function in operators for which ONNX Runtime's CPU kernels are faster; each rewrite is told in a note.
 
-Measured on ONNX Runtime 1.31.1 (docs/onnx.md, "What ONNX Runtime is slow at").
+Measured on ONNX Runtime 1.31.1: docs/onnx.md.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _averages_images(node: ir.Node) -> bool:
 def add_before_norms(model: ir.Model) -> list[str]:
     """Write the residual Adds in front of a LayerNormalization as Sum, in place; returns notes.
 
-    ONNX Runtime makes SkipLayerNormalization of the two, whose CPU kernel takes 4 times as long as theirs together
-    (128 x 384, one thread, 228 us to 40). A Sum of two is the same number, and is left alone.
+    ONNX Runtime makes SkipLayerNormalization of the two, whose CPU kernel takes 228 us where Sum and LayerNormalization
+    take 34 (128 x 384, one thread, in a profile of MiniLM). A Sum of two is the same number, and is left alone.
     """
     changed = 0
     for node in list(model.graph.all_nodes()):
