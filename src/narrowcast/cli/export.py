@@ -40,6 +40,10 @@ FormOption = Annotated[
     str | None,
     typer.Option("--form", metavar="qdq|qoperator", help="Of .onnx and .ort files: how integers stand."),
 ]
+RangesOption = Annotated[
+    str | None,
+    typer.Option("--ranges", metavar="token|input", help="Of PyTorch models: what has one range found at run time."),
+]
 PlatformOption = Annotated[
     str | None, typer.Option("--platform", metavar="arm|amd64", help="Of .ort files: what they are optimized for.")
 ]
@@ -73,6 +77,7 @@ def export(
     data: ExampleOption = None,
     into: IntoOption = None,
     form: FormOption = None,
+    ranges: RangesOption = None,
     platform: PlatformOption = None,
     reference: FloatOption = None,
     runtime_from: RuntimeOption = None,
@@ -105,8 +110,8 @@ def export(
     output = Output(as_json=as_json, quiet=quiet)
     options = data_options(batch_size, limit, tokenizer, mean, std, image_size, image_layout)
     settings: dict[str, Any] = {
-        "form": form, "platform": platform, "reference": reference, "runtime": runtime_from, "title": title,
-        "labels": labels, "show": show,
+        "form": form, "ranges": ranges, "platform": platform, "reference": reference, "runtime": runtime_from,
+        "title": title, "labels": labels, "show": show,
     } | (_preparation(model, options) if to == "web" else {})  # fmt: skip
     target, settings = _target(to), {key: value for key, value in settings.items() if value}
     target.check_settings(settings)

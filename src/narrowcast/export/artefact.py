@@ -18,6 +18,8 @@ from narrowcast.models.onnx_file import read_onnx, write_onnx
 from narrowcast.models.onnx_prepare import fold_shapes
 from narrowcast.nn import QuantizedModule
 
+# Of products that find the range of their input at run time.
+RANGES = ("token", "input")
 # What stores integers, or makes them of floats.
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "MatMulInteger",
               "ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm", "GatherBlockQuantized")  # fmt: skip
@@ -40,7 +42,9 @@ class Artefact:
     notes: list[str] = field(default_factory=list)
 
 
-def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = "qdq") -> Artefact:
+def write_artefact(
+    source: Any, path: Path, example: Any = None, *, form: str = "qdq", ranges: str = "token"
+) -> Artefact:
     """Write a model as an ONNX file without what only its maker needed: stack traces, scopes.
 
     Args:
@@ -49,6 +53,7 @@ def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = 
         path: of the file to write.
         example: calibration data; PyTorch models need it, see `nc.export.onnx`.
         form: "qdq", or "qoperator": one operator for every integer step in place of Q and DQ nodes around a float one.
+        ranges: of PyTorch models, where ranges found at run time are one per "token" or one per "input".
 
     Raises:
         ModelError: the source is none of these, or cannot be written as ONNX.
@@ -57,6 +62,8 @@ def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = 
     require_onnx()
     if form not in FORMS:
         raise FormatError(f"form {form!r} is not known; ONNX files have {' or '.join(FORMS)}")
+    if ranges not in RANGES:
+        raise FormatError(f"ranges {ranges!r} are not known; there are {' and '.join(RANGES)}")
     source = getattr(source, "model", source) if hasattr(source, "report") else source
     layers: list[Any] = []
     notes: list[str] = []
@@ -66,7 +73,7 @@ def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = 
             raise ModelError(f"expected an ONNX model or a PyTorch module, got {type(source).__name__}")
         if example is None:
             raise DataError("a PyTorch model is exported by running it: give calibration data (--data, example=)")
-        layers, notes = _export(source, path, example)
+        layers, notes = _export(source, path, example, token_ranges=ranges == "token")
         found = path
     model = read_onnx(found)
     if form == "qoperator":
@@ -76,11 +83,11 @@ def write_artefact(source: Any, path: Path, example: Any = None, *, form: str = 
     return Artefact(path, is_quantized(model), layers, notes)
 
 
-def _export(module: nn.Module, path: Path, example: Any) -> tuple[list[Any], list[str]]:
+def _export(module: nn.Module, path: Path, example: Any, *, token_ranges: bool) -> tuple[list[Any], list[str]]:
     """Write a PyTorch module; returns what became of its quantized modules, and notes."""
     exporter = importlib.import_module("narrowcast.export.onnx_export")
     if any(isinstance(part, QuantizedModule) for part in module.modules()):
-        exported = exporter.onnx(module, path, example)
+        exported = exporter.onnx(module, path, example, token_ranges=token_ranges)
         return list(exported.layers), list(exported.notes)
     exporter.float_onnx(module, path, example)
     return [], []
@@ -89,7 +96,7 @@ def _export(module: nn.Module, path: Path, example: Any) -> tuple[list[Any], lis
 def slim(model: ir.Model) -> None:
     """Remove what does not change the function, in place: shapes asked of constants, notes of the exporter.
 
-    Inferred shapes stay: without them ONNX Runtime fuses no SkipLayerNormalization behind quantized products.
+    Inferred shapes stay: ONNX Runtime fuses by them.
     """
     fold_shapes(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)

@@ -61,13 +61,15 @@ class Exported:
         return "\n".join([str(self.path), *rows, *(f"note: {note}" for note in self.notes)])
 
 
-def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
+def onnx(quantized: Any, path: str | Path, example: Any, *, token_ranges: bool = True) -> Exported:
     """Write a quantized PyTorch model as an ONNX file that ONNX Runtime runs in integers.
 
     Args:
         quantized: what `nc.quantize` or `nc.qat.convert` returned, or its module.
         path: of the file, ending in .onnx.
         example: data as `nc.quantize` takes it, of which the first batch shows torch's exporter the inputs.
+        token_ranges: whether linear layers that find their ranges at run time have one per token, with the module's
+            codes. False gives them one per input (DynamicQuantizeMatMul): faster, and further from the float model.
 
     Returns:
         What ONNX Runtime runs for every layer, and where it differs.
@@ -87,8 +89,9 @@ def onnx(quantized: Any, path: str | Path, example: Any) -> Exported:
     blocked = any(s.record.spec.format.bits < 8 or isinstance(s.record.spec.granularity, PerGroup) for s in
                   sources.values())  # fmt: skip
     adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(
-        proto, blocked=blocked, portable=bool(getattr(getattr(quantized, "recipe", None), "portable", False))
-    )
+        proto, blocked=blocked, portable=bool(getattr(getattr(quantized, "recipe", None), "portable", False)),
+        token_ranges=token_ranges,
+    )  # fmt: skip
     work = _Work(adapter, sources, {})
     notes = work.write()
     adapter.graph.metadata_props["narrowcast.layers"] = json.dumps(_told(model, sources))

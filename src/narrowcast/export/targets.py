@@ -105,9 +105,13 @@ PAGE_SETTINGS = ("reference", "runtime", "title", "labels", "mean", "std", "side
 TARGETS = {
     row.name: row
     for row in (
-        Target("onnx", "an ONNX file", ".onnx", "narrowcast.export.target_onnx", ("form",)),
+        Target("onnx", "an ONNX file", ".onnx", "narrowcast.export.target_onnx", ("form", "ranges")),
         Target(
-            "ort", "ONNX Runtime's own file for phones", ".ort", "narrowcast.export.target_ort", ("form", "platform")
+            "ort",
+            "ONNX Runtime's own file for phones",
+            ".ort",
+            "narrowcast.export.target_ort",
+            ("form", "ranges", "platform"),
         ),
         Target("web", "a page that runs in the browser", "", "narrowcast.export.target_web", PAGE_SETTINGS),
     )

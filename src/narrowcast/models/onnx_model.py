@@ -20,6 +20,7 @@ from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models import onnx_targets as targets
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
 from narrowcast.models.onnx_exact import Product, write_products
+from narrowcast.models.onnx_faster import add_before_norms
 from narrowcast.models.onnx_file import read_onnx
 from narrowcast.models.onnx_handover import Codes
 from narrowcast.models.onnx_large import released, spool_for
@@ -31,6 +32,7 @@ from narrowcast.models.onnx_rewrite import with_constant
 from narrowcast.models.onnx_scribe import BLOCKED_IR, BLOCKED_OPSET, PER_AXIS_OPSET, Scribe, opset_of, with_opset
 from narrowcast.models.onnx_session import OnnxModule, feeds_of
 from narrowcast.models.onnx_static import Placement, place, put
+from narrowcast.models.onnx_tokens import per_token
 from narrowcast.models.onnx_watch import Watching
 from narrowcast.nn import Activation
 
@@ -71,11 +73,13 @@ class OnnxModel(ModelAdapter):
         fold_batchnorm: whether BatchNorm becomes part of the convolution before it.
         blocked: whether 4-bit or blocked formats will be written, which need opset 21.
         portable: whether products that saturate on CPUs without VNNI are repaired.
+        token_ranges: whether products with ranges found at run time have one per token, and not one per input.
     """
 
     def __init__(
-        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: bool = False
-    ) -> None:
+        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: bool = False,
+        token_ranges: bool = False,
+    ) -> None:  # fmt: skip
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
         self.original = OnnxModule(read_onnx(source), self.name)
         had, copy = opset_of(self.original.graph), self.original.graph.clone()
@@ -94,6 +98,7 @@ class OnnxModel(ModelAdapter):
         self._shared: dict[str, Any] = {}
         self._halves = Halves()
         self.portable = Portable(portable)
+        self.token_ranges = token_ranges
         self.codes: dict[str, str] = {}
         self.placement = Placement()
 
@@ -119,11 +124,12 @@ class OnnxModel(ModelAdapter):
 
     def possible(self, layer: Layer, weight: QuantSpec, given: QuantSpec | None) -> Possible:
         """See `ModelAdapter`."""
-        return targets.possible(layer, [self.use(site) for site in layer.sites], weight, given)
+        uses = [self.use(site) for site in layer.sites]
+        return targets.possible(layer, uses, weight, given, token_ranges=self.token_ranges)
 
     def integer_op(self, site: Site, spec: QuantSpec, mode: str) -> str | None:
         """See `ModelAdapter`."""
-        return targets.integer_op(self.use(site), spec, mode)
+        return targets.integer_op(self.use(site), spec, mode, token_ranges=self.token_ranges)
 
     def kernel_name(self, op: str) -> str:
         """See `ModelAdapter`."""
@@ -268,6 +274,8 @@ class OnnxModel(ModelAdapter):
             self._install_static(path, use, module, bias)
         elif use.op == "LSTM" and mode in ("dynamic", "asymmetric"):
             self.codes |= self._halves.add(scribe, use, record)
+        elif mode in ("dynamic", "asymmetric") and not self._in_blocks(use, record) and self._in_tokens(use):
+            self.codes[path] = per_token(scribe, use, record, bias, self._shared, symmetric=mode == "dynamic")
         elif mode in ("dynamic", "asymmetric") and not self._in_blocks(use, record):
             self.codes[path] = patterns.dynamic(scribe, use, record, bias, self._shared)
         elif use.op in ("Gemm", "MatMul") and patterns.block_size(record) is not None:
@@ -281,6 +289,9 @@ class OnnxModel(ModelAdapter):
         return use.op != "Conv" and (
             spec.format.bits != 8 or isinstance(spec.granularity, PerGroup) or not spec.symmetric
         )
+
+    def _in_tokens(self, use: Use) -> bool:
+        return self.token_ranges and use.op in ("Gemm", "MatMul")
 
     def _install_static(self, path: str, use: Use, module: Written, bias: Any) -> None:
         scale, zero = module.activation.scale, module.activation.zero_point
@@ -316,12 +327,12 @@ class OnnxModel(ModelAdapter):
         return Product(use, record, Codes.of(scale.numpy(), zero.numpy(), 1 if use.op == "Conv" else -1))
 
     def finish(self) -> None:
-        """Remove what nothing reads any more."""
+        """Remove what nothing reads any more, and write what is left so that it is fast."""
         from onnx_ir.passes import common
 
         self.codes |= dict(self._halves.alone(self._scribe))
         self.portable.store_unsigned(self._scribe, self.codes)
-        self.notes += self.portable.notes()
+        self.notes += self.portable.notes() + add_before_norms(self.graph)
         common.RemoveUnusedNodesPass()(self.graph)
         self.graph.graph.sort()
         self.model = OnnxModule(self.graph, self.name)

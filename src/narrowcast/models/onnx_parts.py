@@ -19,6 +19,7 @@ from onnx_ir.passes import common
 
 from narrowcast.models.onnx_layers import attribute
 from narrowcast.models.onnx_static import rectified
+from narrowcast.models.onnx_tokens import EPILOGUE, TOKENS, noted_product
 
 Array = Any
 LAYERS, RANGES = "narrowcast.layers", "narrowcast.ranges"
@@ -115,7 +116,8 @@ def notes_of(model: ir.Model, name: str) -> dict[str, Any]:
 
 def find_parts(model: ir.Model) -> list[Part]:
     """The layers of the main graph, in its order; one weight with several uses gives several, marked by strokes."""
-    reader = _Reader(notes_of(model, LAYERS), notes_of(model, RANGES))
+    names = {str(value.name) for value in _all_values(model.graph)}
+    reader = _Reader(notes_of(model, LAYERS), notes_of(model, RANGES), notes_of(model, TOKENS), names)
     parts: list[Part] = []
     taken: set[str] = set()
     for node in model.graph:
@@ -141,6 +143,8 @@ def constant_behind(value: Any) -> tuple[Any, list[ir.Node]]:
 class _Reader:
     layers: dict[str, Any]
     ranges: dict[str, Any]
+    tokens: dict[str, Any]
+    names: set[str]
 
     def part(self, node: ir.Node, taken: set[str]) -> Part | None:
         """The layer that a node multiplies for; None for other nodes."""
@@ -152,9 +156,14 @@ class _Reader:
             return None
         if node.op_type == "Gather" and int(weight.const_value.shape[-1]) == 1:
             return None  # a scale or zero point of every row
+        if str(weight.name).endswith(EPILOGUE):
+            return None  # what zero points of rows add up to, and the bias
         name = _stem(str(weight.name))
         while name in taken:
             name += "'"
+        noted = noted_product(self.tokens, str(weight.name), self.names)
+        if noted is not None:
+            return self._of_tokens(name, node, weight, through, noted)
         given, given_codes, padding, source = self._input(node.inputs[data], node.op_type)
         output = _output(node, weight)
         end, handed = _handed(output) if given_codes is not None else (output, None)
@@ -165,6 +174,15 @@ class _Reader:
             str(end.name), "" if handed is None else str(handed.name), handed_codes, kind,
             self._formats(name, node, weight, through, given_codes),
             node.op_type == "Gemm" and bool(attribute(node, "transB", 0)),
+        )  # fmt: skip
+
+    def _of_tokens(self, name: str, node: ir.Node, weight: Any, through: list[ir.Node], noted: Any) -> Part:
+        """A product that rounds every row of a float input for itself."""
+        spec = self.layers.get(name, {}).get("spec") or _weight_format(node, weight, through)
+        given, output = noted["given"], noted["output"]
+        return Part(
+            name, node.op_type, str(weight.name), given, None, (), given, output, output, "", None, "integer",
+            f"{spec} x {noted['input']}",
         )  # fmt: skip
 
     def _input(self, value: ir.Value, op: str) -> tuple[ir.Value, Ranges | None, tuple[tuple[int, ...], ...], str]:

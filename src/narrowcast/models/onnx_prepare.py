@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
+from narrowcast.models.onnx_faster import pool_averages
 from narrowcast.models.onnx_layers import attribute
 from narrowcast.models.onnx_recurrent import fold_weights
 from narrowcast.models.onnx_scribe import Scribe
@@ -22,7 +23,8 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     """Bring a model into the form that quantizing expects, in place; returns notes.
 
     Constant nodes become initializers, functions are inlined, nodes without a name get one. Zero
-    padding becomes part of the convolution behind it, and BatchNorm of the one before it.
+    padding becomes part of the convolution behind it, and BatchNorm of the one before it; means over images
+    become pools.
     """
     notes = []
     if model.functions:
@@ -44,6 +46,7 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
         notes.append(f"{folded} BatchNorms were folded into the layers before them")
     if len(norms) > folded:
         notes.append(f"{len(norms) - folded} BatchNorms stay: they follow no layer that is theirs alone")
+    notes += pool_averages(scribe)
     common.RemoveUnusedNodesPass()(model)
     return notes
 

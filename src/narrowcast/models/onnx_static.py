@@ -1,7 +1,8 @@
 """Where static ranges are needed in an ONNX graph, and putting them there so that ONNX Runtime computes in integers.
 
 What is needed beside the input of a product: the output of a convolution (behind its Relu or Clip), without which it
-stays float, and both ends of the operators between two products that have 8-bit kernels.
+stays float, and both ends of the operators between two products that have 8-bit kernels. A sum of values that exist as
+codes only is a sum of codes too, whatever reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from narrowcast.models.onnx_layers import attribute
 from narrowcast.models.onnx_scribe import Scribe
 
 # The codes of the output are codes of the input.
-SAME_CODES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
+SAME_CODES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad")
 # ONNX Runtime has kernels that read and write 8-bit codes in scales of their own.
 IN_CODES = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
 # A product's Q may stand behind these, if its zero point is the code of their lower end.
@@ -64,7 +65,30 @@ def place(nodes: Iterable[ir.Node]) -> Placement:
     waiting = [by_name[name] for name in found.values]
     while waiting:
         waiting += _backward(waiting.pop(), found)
+    for node in list(nodes[0].graph or ()) if nodes else ():
+        _forward(node, found)
     return found
+
+
+def _forward(node: ir.Node, found: Placement) -> None:
+    """Let a sum compute in codes where both of its values exist as codes only: else both are dequantized for it."""
+    if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or node in found.in_codes:
+        return
+    output = rectified(node.outputs[0])
+    if output.is_graph_output() or not all(_only_codes(value, found) for value in _data_inputs(node)):
+        return
+    found.in_codes.append(node)
+    found.values.setdefault(output.name, None)
+    found.whole.add(output.name)
+
+
+def _only_codes(value: ir.Value, found: Placement) -> bool:
+    if value.name in found.whole:
+        return True
+    node = value.producer()
+    if node is not None and node.op_type in _RECTIFIERS and value.name in found.values:
+        node = node.inputs[0].producer()
+    return node in found.in_codes and value.name in found.values
 
 
 def rectified(value: ir.Value) -> ir.Value:
@@ -101,7 +125,7 @@ def _backward(value: ir.Value, found: Placement) -> list[ir.Value]:
         if rectified(node.inputs[0]) is not value:
             return []
         node = node.inputs[0].producer()
-    if node.op_type in SAME_CODES and node not in found.in_codes:
+    if node.op_type in SAME_CODES and node not in found.in_codes and _keeps_zero(node):
         source = node.inputs[0]
         found.in_codes.append(node)
         new = source.name not in found.values
@@ -118,6 +142,16 @@ def _backward(value: ir.Value, found: Placement) -> list[ir.Value]:
     return new_values
 
 
+def _keeps_zero(node: ir.Node) -> bool:
+    """Whether a Pad fills with 0, which has a code; other nodes fill with nothing."""
+    if node.op_type != "Pad":
+        return True
+    if len(node.inputs) < 2 or attribute(node, "mode", "constant") != "constant":
+        return False
+    fill = node.inputs[2] if len(node.inputs) > 2 else None
+    return fill is None or (fill.const_value is not None and not fill.const_value.numpy().any())
+
+
 def _data_inputs(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
 
@@ -129,7 +163,7 @@ def _possible(value: ir.Value, found: Placement, depth: int) -> bool:
         return False
     if node.op_type in _RECTIFIERS:
         return _possible(node.inputs[0], found, depth - 1)
-    if node.op_type not in IN_CODES + SAME_CODES:
+    if node.op_type not in IN_CODES + SAME_CODES or not _keeps_zero(node):
         return False
     inputs = _data_inputs(node) if node.op_type in IN_CODES else node.inputs[:1]
     return all(
@@ -169,7 +203,26 @@ def put(scribe: Scribe, graph: ir.Graph, placement: Placement, products: Iterabl
             (node, index) for node, index in value.uses() if name in placement.whole or id(node) in in_codes
         ]  # fmt: skip
         codes[name] = _put_one(scribe, graph, value, constants[source], readers, whole=name in placement.whole)
+    for node in placement.in_codes:
+        if node.op_type == "Pad":
+            _pad_codes(node)
     return codes
+
+
+def _pad_codes(node: ir.Node) -> None:
+    """Let a Pad between codes fill codes with that of 0; ONNX Runtime would pad floats and round again."""
+    given, readers = node.inputs[0].producer(), list(node.outputs[0].uses())
+    if given is None or given.op_type != "DequantizeLinear" or len(readers) != 1 or node.outputs[0].is_graph_output():
+        return
+    (reader, _), graph = readers[0], node.graph
+    if reader.op_type != "QuantizeLinear" or graph is None:
+        return
+    node.resize_inputs(max(3, len(node.inputs)))
+    node.replace_input_with(0, given.inputs[0])
+    node.replace_input_with(2, given.inputs[2])
+    node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+    reader.outputs[0].replace_all_uses_with(node.outputs[0])
+    graph.remove(reader, safe=True)
 
 
 def _put_one(

@@ -14,7 +14,9 @@ _DYNAMIC = QuantSpec.parse("uint8/tensor")
 BLOCK_BITS = (2, 4, 8)
 
 
-def possible(layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSpec | None) -> Possible:
+def possible(
+    layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSpec | None, *, token_ranges: bool = False
+) -> Possible:
     """What becomes of a weight and its input that are to have these formats."""
     if weight.format.is_cast:
         if weight.format.name == "fp32":
@@ -29,7 +31,11 @@ def possible(layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSpec 
         return Possible(None, None, f"rows are looked up in int8/channel, and not in {weight}")
     if given is None:
         return Possible(weight, None)
-    return _with_input(layer, uses, weight, given)
+    found = _with_input(layer, uses, weight, given)
+    if token_ranges and layer.type == "Linear" and found.input is not None and is_simple(weight):
+        dynamic = isinstance(found.input.granularity, PerToken)
+        return Possible(weight, found.input, "", found.fallback) if dynamic else found
+    return found
 
 
 def _with_input(layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSpec) -> Possible:
@@ -87,7 +93,7 @@ def _dynamic(layer: Layer, weight: QuantSpec, given: QuantSpec, *, simple: bool)
     return Possible(weight, None, fallback=f"ONNX Runtime has no integer {layer.type} with weights in {weight}")
 
 
-def integer_op(use: Use, spec: QuantSpec, mode: str) -> str | None:
+def integer_op(use: Use, spec: QuantSpec, mode: str, *, token_ranges: bool = False) -> str | None:
     """The operator that will multiply integers."""
     if use.op == "Gather" or use.op == "ConvTranspose" or mode not in ("static", "dynamic", "asymmetric"):
         return None
@@ -103,6 +109,8 @@ def integer_op(use: Use, spec: QuantSpec, mode: str) -> str | None:
         return "QGemm" if joined else "MatMulIntegerToFloat"
     if use.op == "Conv":
         return "ConvInteger" if simple else None
+    if simple and token_ranges:
+        return "MatMulIntegerToFloat"
     return "DynamicQuantizeMatMul" if simple else "MatMulNBits (inputs in int8 per block)"
 
 

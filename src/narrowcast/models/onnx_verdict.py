@@ -16,6 +16,7 @@ from narrowcast.models.onnx_file import is_large, stored_size
 from narrowcast.models.onnx_large import hollow
 from narrowcast.models.onnx_portable import risk_in_graph
 from narrowcast.models.onnx_session import open_session
+from narrowcast.models.onnx_tokens import EPILOGUE
 
 # Operators of ONNX Runtime that multiply integers.
 INTEGER_KERNELS = (
@@ -147,12 +148,17 @@ def node_verdicts(graph: onnx.GraphProto) -> list[NodeVerdict]:
         constants |= {t.name: t for t in owner.initializer}
         makers |= {name: node for node in owner.node for name in node.output}
     products = (*INTEGER_KERNELS, *FLOAT_PRODUCTS)
-    nodes = (node for owner in _graphs(graph) for node in owner.node if node.op_type in products)
+    nodes = (node for owner in _graphs(graph) for node in owner.node if node.op_type in products and not _ends(node))
     return [
         replace(_verdict(node, weights, makers), saturates=f"{risk} without VNNI" if risk else "")
         for node in nodes
         for risk in [risk_in_graph(node, constants)]
     ]
+
+
+def _ends(node: onnx.NodeProto) -> bool:
+    """Whether a Gemm adds a bias, and what zero points of rows add up to, to an integer product."""
+    return node.op_type == "Gemm" and node.input[1].endswith(EPILOGUE)
 
 
 def other_operators(graph: onnx.GraphProto) -> dict[str, int]:

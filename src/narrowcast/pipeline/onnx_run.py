@@ -105,7 +105,10 @@ def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
             raise RecipeError(f"rule {rule}: ONNX files have no form for outlier channels; leave out 'outliers:...'")
     specs = [rule.weight for rule in recipe.rules if rule.weight is not None]
     blocked = any(spec.format.bits < 8 or isinstance(spec.granularity, PerGroup) for spec in specs)
-    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=recipe.portable)
+    return OnnxModel(
+        model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=recipe.portable,
+        token_ranges=recipe.token_ranges,
+    )  # fmt: skip
 
 
 def plan_onnx(model: Any, recipe: Recipe) -> Plan:

@@ -20,7 +20,9 @@ from narrowcast.transforms import make_transform
 DEFAULT_OBSERVER = "minmax"
 _FEWEST_OUTLIERS, _MOST_OUTLIERS = 0.001, 25.0
 _RULE_KEYS = ("layers", "type", "role", "weight", "input", "method", "train", "keep", "optional")
-_RECIPE_KEYS = ("name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "portable", "transforms")
+_RECIPE_KEYS = (
+    "name", "rule", "fold_batchnorm", "correct_bias", "fuse", "sequential", "portable", "token_ranges", "transforms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class Recipe:
             where a method asks for more than magnitudes. False lets every block see what the float model gives.
         portable: whether integer products of ONNX files are kept from saturating on CPUs without VNNI; narrowcast's own
             kernels never saturate.
+        token_ranges: whether linear layers of ONNX files that find their ranges at run time have one per token, as
+            PyTorch modules have, and not one per input, which is faster.
         transforms: function-preserving rewrites before anything is quantized, in order, each one name with its options.
     """
 
@@ -183,6 +187,7 @@ class Recipe:
     fuse: bool = True
     sequential: Literal["auto"] | bool = "auto"
     portable: bool = False
+    token_ranges: bool = False
     transforms: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     @classmethod
@@ -199,7 +204,7 @@ class Recipe:
         if not isinstance(rules, list) or not rules:
             raise RecipeError(f"{where}: has no [[rule]]; a recipe needs at least one")
         switches = {key: values.get(key, True) for key in ("fold_batchnorm", "correct_bias", "fuse")}
-        switches["portable"] = values.get("portable", False)
+        switches |= {key: values.get(key, False) for key in ("portable", "token_ranges")}
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} is true or false, got {value!r}")
@@ -216,8 +221,8 @@ class Recipe:
         rules = [rule.to_dict() for rule in self.rules]
         switches = {"fold_batchnorm": self.fold_batchnorm, "correct_bias": self.correct_bias, "fuse": self.fuse}
         transforms = {"transforms": [_plain(entry) for entry in self.transforms]} if self.transforms else {}
-        portable = {"portable": True} if self.portable else {}
-        return {"name": self.name, **switches, "sequential": self.sequential, **portable, **transforms, "rule": rules}
+        of_onnx = {key: True for key in ("portable", "token_ranges") if getattr(self, key)}
+        return {"name": self.name, **switches, "sequential": self.sequential, **of_onnx, **transforms, "rule": rules}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
