@@ -84,7 +84,7 @@ def test_data_comes_as_arrays_dictionaries_and_batches_with_targets() -> None:
         assert torch.equal(quantized("static-int8", data).model(X), expected)
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average(0.9)", "percentile(99.9)", "entropy", "mse"])
+@pytest.mark.parametrize("observer", ["minmax", "moving_average(0.9)", "percentile(99.9)", "entropy", "mse", "best"])
 def test_every_observer_can_choose_static_ranges(observer: str) -> None:
     rule = {"weight": "int8/channel", "input": f"uint8/tensor static:{observer}"}
     result = quantized({"rule": [rule]})
