@@ -14,7 +14,8 @@ the graph that ONNX Runtime optimizes a file to. All files of one model and shap
 
 Finished cells are kept in build/benchmarks/onnx, so an interrupted run goes on where it was; --fresh starts over. With
 --keep the result file keeps its rows of what the run did not measure, each with its commit; ONNX Runtime's float32 and
-own int8 files are then made and timed with whatever else is asked for. --limit-seconds stops a cell, which is a row.
+own int8 files are made and timed with whatever else is timed (--threads without a number: nothing is). --limit-seconds
+stops a cell, which is a row.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     if chosen.keep:
         if chosen.quick:
             parser.error("--keep writes into the committed results, which have no row of --quick")
-        chosen.tools = [name for name in names if name in {*chosen.tools, *onnx_join.ANCHORS}]
+        anchors = onnx_join.ANCHORS if chosen.threads else ()
+        chosen.tools = [name for name in names if name in {*chosen.tools, *anchors}]
     return chosen
 
 
