@@ -15,20 +15,18 @@ SCORE, TIMING = ("model", "tool", "method"), ("model", "format", "method")
 
 
 def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """One document of several, oldest first.
+    """One document of several, which may share rows; rows without a date are as old as their place in the list.
 
     A later row of a cell replaces an earlier one, unless it was stopped and the earlier one was not. A later timing
     takes its files out of an earlier one of the same model, shape and threads; files that it has not stay there, with
     the anchors of their own process.
     """
     last = documents[-1]
-    found: dict[str, Any] = {"machine": last["machine"], "versions": last["versions"], "skipped": []}
-    for document in documents:
-        commit = {"commit": document["machine"]["commit"]}
-        for part in ("scores", "timings"):
-            document = document | {part: [commit | row for row in document[part]]}
-        found["scores"] = _newer(found.get("scores", []), document["scores"])
-        found["timings"] = _retimed(found.get("timings", []), document["timings"])
+    found: dict[str, Any] = {"machine": last["machine"], "versions": last["versions"], "scores": [], "timings": []}
+    for row in _by_date(documents, "scores"):
+        found["scores"] = _newer(found["scores"], row)
+    for row in _by_date(documents, "timings"):
+        found["timings"] = _retimed(found["timings"], row)
     models, tools = list(CASES), [tool.name for tool in TOOLS]
     found["scores"].sort(key=lambda row: (models.index(row["model"]), tools.index(f"{row['tool']} {row['method']}")))
     found["timings"].sort(key=lambda row: (models.index(row["model"]), row["format"], row["method"]))
@@ -49,36 +47,32 @@ def missing(scores: list[Row]) -> list[str]:
     return lines
 
 
-def _newer(earlier: list[Row], later: list[Row]) -> list[Row]:
-    found = {tuple(row[key] for key in SCORE): row for row in earlier}
-    for row in later:
-        place = tuple(row[key] for key in SCORE)
-        if "stopped" not in row or "score" not in found.get(place, {}):
-            found[place] = row
-    return list(found.values())
+def _by_date(documents: list[dict[str, Any]], part: str) -> list[Row]:
+    rows = [{"commit": document["machine"]["commit"]} | row for document in documents for row in document[part]]
+    return sorted(rows, key=lambda row: row.get("date", ""))
 
 
-def _retimed(earlier: list[Row], later: list[Row]) -> list[Row]:
-    return [*(row for old in earlier for row in _left_of(old, later)),
-            *(row for row in later if "milliseconds" in row or not _timed(row, earlier))]  # fmt: skip
+def _same(row: Row, other: Row, keys: tuple[str, ...]) -> bool:
+    return all(row[key] == other[key] for key in keys)
 
 
-def _timed(row: Row, earlier: list[Row]) -> bool:
-    return any(_same(row, old) and "milliseconds" in old for old in earlier)
+def _newer(earlier: list[Row], row: Row) -> list[Row]:
+    if "stopped" in row and any("score" in old for old in earlier if _same(row, old, SCORE)):
+        return earlier
+    return [*(old for old in earlier if not _same(row, old, SCORE)), row]
 
 
-def _same(row: Row, other: Row) -> bool:
-    return all(row[key] == other[key] for key in TIMING)
+def _retimed(earlier: list[Row], row: Row) -> list[Row]:
+    alike = [old for old in earlier if _same(row, old, TIMING)]
+    if "milliseconds" not in row and any("milliseconds" in old for old in alike):
+        return earlier
+    others = [old for old in earlier if not _same(row, old, TIMING)]
+    return [*others, *(left for old in alike for left in _left_of(old, set(row.get("milliseconds", {})))), row]
 
 
-def _left_of(old: Row, later: list[Row]) -> Iterator[Row]:
-    """An earlier timing without the files that a later one has; nothing where only anchors would be left."""
-    again = {name for row in later if _same(row, old) for name in row.get("milliseconds", {})}
-    if not again:
-        if "milliseconds" in old or not any(_same(row, old) for row in later):
-            yield old
-        return
+def _left_of(old: Row, again: set[str]) -> Iterator[Row]:
+    """An earlier timing without the files that are timed again; nothing where only anchors would be left."""
     times = old.get("milliseconds", {})
     if set(times) - again - set(ANCHORS):
-        yield old | {"milliseconds": {name: value for name, value in times.items()
-                                      if name in ANCHORS or name not in again}}  # fmt: skip
+        left = {name: value for name, value in times.items() if name in ANCHORS or name not in again}
+        yield old | {"milliseconds": left}

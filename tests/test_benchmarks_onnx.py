@@ -93,6 +93,15 @@ def test_a_later_run_replaces_its_own_rows_and_each_row_names_its_commit() -> No
                for note in found["skipped"])  # fmt: skip
 
 
+def test_documents_that_share_rows_are_joined_by_date() -> None:
+    old, new = ({**row("narrowcast", "static-int8", score, 31.0), "date": date, "commit": date}
+                for score, date in ((89.0, "2026-01"), (90.0, "2026-02")))  # fmt: skip
+    times = {"ONNX_Runtime_float32": 2.0, "narrowcast_static-int8": 1.0}
+    slow, fast = (timing(**times) | {"date": date, "commit": date} for date in ("2026-01", "2026-02"))
+    found = onnx_join.joined([document("x", [new], [fast]), document("y", [old], [slow])])
+    assert found["scores"] == [new] and found["timings"] == [fast]
+
+
 def test_a_stopped_cell_does_not_displace_a_measured_one_and_a_failed_one_does() -> None:
     earlier = document("aaa", [row("narrowcast", "static-int8", 89.0, 31.0)])
     cell = {"model": "resnet20", "tool": "narrowcast", "method": "static-int8"}
