@@ -30,7 +30,7 @@ from narrowcast.pipeline.onnx_outcome import outcomes
 from narrowcast.pipeline.onnx_statistics import Statistics
 from narrowcast.pipeline.onnx_transform import transform_onnx
 from narrowcast.pipeline.result import Quantized, totals_of
-from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
+from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight, why_unseen
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
@@ -291,12 +291,22 @@ def _solve(job: _Job, *, progress: bool) -> None:
 
 def _solve_alone(job: _Job, row: LayerPlan, activation: Activation) -> SolvedWeight:
     """A weight that was not solved on a twin."""
-    why = job.on_twin.rounded.get(row.layer.name, "")
+    why = job.on_twin.rounded.get(row.layer.name, "") or _no_rows(job, row)
     asked = replace(row, method={"rtn": {}}) if why else row
     solved = solve_weight(job.adapter, asked, job.calibration, activation)
     if not why:
         return solved
     return replace(solved, notes=(*solved.notes, why)) if row.chosen else replace(solved, fallback=why)
+
+
+def _no_rows(job: _Job, row: LayerPlan) -> str:
+    """Why a solver that needs input vectors has none; "" where it has, needs none, or `solve_weight` says it."""
+    adapter = job.adapter
+    if "hessian" not in needs_of(row) or why_unseen(adapter, row.layer, job.calibration):
+        return ""
+    if any(adapter.takes_activation(site) and adapter.shows_rows(site.path) for site in row.layer.sites):
+        return ""
+    return "the vectors that it multiplies cannot be taken from its input, and it is in no block that was solved"
 
 
 def _write(
