@@ -11,6 +11,8 @@ from benchmarks.onnx_tools import FLOAT32, ORT, TOOLS
 Row = dict[str, Any]
 # What every timed process has, so that ratios are between files of one process.
 ANCHORS = (f"{ORT} {FLOAT32}", f"{ORT} static U8S8", f"{ORT} dynamic")
+# Of notes that are written anew for the whole.
+_RENEWED = ("not measured yet and left out", ", not measured: ", "Rows are from runs at the commits")
 SCORE, TIMING = ("model", "tool", "method"), ("model", "format", "method")
 
 
@@ -31,7 +33,7 @@ def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
     found["scores"].sort(key=lambda row: (models.index(row["model"]), tools.index(f"{row['tool']} {row['method']}")))
     found["timings"].sort(key=lambda row: (models.index(row["model"]), row["format"], row["method"]))
     commits = dict.fromkeys(row["commit"] for part in ("scores", "timings") for row in found[part])
-    notes = [note for note in last["skipped"] if not note.endswith("not measured yet and left out.")]
+    notes = [note for note in last["skipped"] if not any(words in note for words in _RENEWED)]
     found["skipped"] = [*notes, *missing(found["scores"]), f"Rows are from runs at the commits {', '.join(commits)}."]
     return found
 
