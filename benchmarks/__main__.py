@@ -18,6 +18,8 @@ BENCHMARKS = (
     "low_bits",
     "onnx",
     "onnx_portable",
+    "onnx_algorithms",
+    "onnx_web",
     "qat",
     "qat_speed",
     "qat_decoder",

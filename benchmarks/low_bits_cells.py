@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -70,15 +72,25 @@ def measure(cell: Cell, limit: float | None) -> Row:
     moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
     known = cell.row | {"date": moment, "load": load_average(), "commit": commit()}
     try:
-        done = subprocess.run(
-            cell.command, capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=limit, errors="replace"
-        )
+        code, output, errors = _run(cell.command, limit)
     except subprocess.TimeoutExpired:
         return known | {"stopped": limit, "wall": limit}
     wall = {"wall": round(time.perf_counter() - started, 1)}
-    if done.returncode != 0:
-        return known | wall | {"failed": last_words(done.stderr)}
-    return known | wall | json.loads(done.stdout.splitlines()[-1])
+    if code != 0:
+        return known | wall | {"failed": last_words(errors)}
+    return known | wall | json.loads(output.splitlines()[-1])
+
+
+def _run(command: tuple[str, ...], limit: float | None) -> tuple[int, str, str]:
+    """Exit code and both streams; a process that is stopped takes those that it started with it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+                          errors="replace", start_new_session=True) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=limit)
+        except BaseException:  # also when the user interrupts: another tool's process would go on alone
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output, errors
 
 
 def last_words(text: str) -> str:

@@ -4,6 +4,7 @@
     python -m benchmarks.onnx --models mobilenetv1 --threads 1
     python -m benchmarks.onnx --quick                           fewer samples and rounds, into build/benchmarks
     python -m benchmarks.onnx --peer-python PATH                NNCF and OpenVINO, installed in another interpreter
+    python -m benchmarks.onnx --models minilm --keep            one model into benchmarks/results, beside what is there
     python -m benchmarks.onnx --join A.json B.json              one page of the results of several runs
 
 Models are the kit's, exported by torch's exporter with batch and length left open, and Silero's two published files.
@@ -11,7 +12,10 @@ Every tool gets the same float32 file and the same calibration batches, of which
 the graph that ONNX Runtime optimizes a file to. All files of one model and shape are timed in one process, interleaved
 (A B C A B C ...); a ratio is the median over the rounds of the ratio within a round.
 
-Finished cells are kept in build/benchmarks/onnx, so an interrupted run goes on where it was; --fresh starts over.
+Finished cells are kept in build/benchmarks/onnx, so an interrupted run goes on where it was; --fresh starts over. With
+--keep the result file keeps its rows of what the run did not measure, each with its commit; ONNX Runtime's float32 and
+own int8 files are made and timed with whatever else is timed (--threads without a number: nothing is). --limit-seconds
+stops a cell, which is a row.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import low_bits_cells, onnx_page, results_io
+from benchmarks import low_bits_cells, onnx_join, onnx_page, results_io
 from benchmarks.low_bits_cells import Cell, digest
 from benchmarks.machine import REPOSITORY, machine
 from benchmarks.onnx_cases import CASES, KIT, case
@@ -103,42 +107,44 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-python", default=python, help="the other tools' (default: $NARROWCAST_PEERS_PYTHON)")
     parser.add_argument("--fresh", action="store_true", help="measure again what build/benchmarks/onnx has")
     parser.add_argument("--known", action="store_true", help="measure nothing: the page of what is known so far")
+    parser.add_argument("--keep", action="store_true", help="rows of the committed file where the run has none")
     parser.add_argument("--limit-seconds", type=float, help="stop a cell after so long")
     parser.add_argument("--join", nargs="+", type=Path, metavar="JSON", help="measure nothing: join these results")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
     chosen.rounds = chosen.rounds or (2 if chosen.quick else 7)
     chosen.seconds = chosen.seconds or (0.02 if chosen.quick else 0.1)
+    if chosen.keep:
+        if chosen.quick:
+            parser.error("--keep writes into the committed results, which have no row of --quick")
+        anchors = onnx_join.ANCHORS if chosen.threads else ()
+        chosen.tools = [name for name in names if name in {*chosen.tools, *anchors}]
     return chosen
 
 
-def joined(paths: list[Path]) -> dict[str, Any]:
-    """The results of several runs as one document, each row with its commit; of rows that several have, the last."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    found: dict[str, Any] = {"machine": documents[-1]["machine"], "versions": documents[-1]["versions"]}
-    found["skipped"] = list(dict.fromkeys(note for document in documents for note in document["skipped"]))
-    for part, keys in (("scores", ("model", "tool", "method")), ("timings", ("model", "format", "method"))):
-        rows: dict[tuple[str, ...], Row] = {}
-        for document in documents:
-            commit = {"commit": document["machine"]["commit"]}
-            rows |= {tuple(row[key] for key in keys): commit | row for row in document[part]}
-        order = {name: index for index, name in enumerate(CASES)}
-        found[part] = sorted(rows.values(), key=lambda row: order[row["model"]])
-    commits = dict.fromkeys(row["commit"] for part in ("scores", "timings") for row in found[part])
-    found["skipped"].append(f"Rows are from runs at the commits {', '.join(commits)}.")
-    return found
+def too_many_threads(chosen: argparse.Namespace) -> list[str]:
+    """Leaves out thread counts for which this process has no cores; what the page says of them."""
+    cores = len(os.sched_getaffinity(0))
+    left_out = [threads for threads in chosen.threads if threads > cores]
+    chosen.threads = [threads for threads in chosen.threads if threads <= cores]
+    return [f"{threads} threads: the process had {cores} cores." for threads in left_out]
+
+
+def write(documents: list[dict[str, Any]], folder: Path | None) -> None:
+    """The page of one run, or of several joined, oldest first."""
+    document = onnx_join.joined(documents) if len(documents) > 1 else documents[0]
+    description = " ".join((__doc__ or "").split("\n\n")[2].split())
+    page = onnx_page.markdown(document["machine"], document, description)
+    results_io.write_results(folder or results_io.folder_of(True), "onnx", document, page)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures every cell, model by model, and writes the results; 1 when a cell of narrowcast failed."""
     chosen = options(argv)
-    description = " ".join((__doc__ or "").split("\n\n")[2].split())
     if chosen.join:
-        found = joined(chosen.join)
-        page = onnx_page.markdown(found["machine"], found, description)
-        results_io.write_results(chosen.out or results_io.folder_of(True), "onnx", found, page)
+        write([json.loads(path.read_text(encoding="utf-8")) for path in chosen.join], chosen.out)
         return 0
-    facts, versions, skipped = machine(), versions_of(chosen.peer_python), []
+    facts, versions, skipped = machine(), versions_of(chosen.peer_python), too_many_threads(chosen)
     available = [*results_io.available([name for name in chosen.models if name in KIT], skipped.append),
                  *(name for name in chosen.models if name not in KIT)]  # fmt: skip
     run = partial(low_bits_cells.run_all, fresh=chosen.fresh, known_only=chosen.known, limit=chosen.limit_seconds,
@@ -154,9 +160,11 @@ def main(argv: list[str] | None = None) -> int:
     if len(scores) < wanted:
         skipped.append(f"{wanted - len(scores)} of {wanted} files are not measured yet and left out.")
     complete = len(scores) == wanted and not chosen.quick and set(chosen.models) == set(CASES)
-    folder = chosen.out or results_io.folder_of(complete and len(chosen.tools) == len(TOOLS))
+    complete &= len(chosen.tools) == len(TOOLS)
     document = {"machine": facts, "versions": versions, "skipped": skipped, "scores": scores, "timings": timings}
-    results_io.write_results(folder, "onnx", document, onnx_page.markdown(facts, document, description))
+    committed = results_io.folder_of(True) / "onnx.json"
+    earlier = [json.loads(committed.read_text(encoding="utf-8"))] if chosen.keep and committed.is_file() else []
+    write([*earlier, document], chosen.out or results_io.folder_of(complete or chosen.keep))
     return int(not scores or any("failed" in row for row in scores if row["tool"].startswith(NARROWCAST)))
 
 

@@ -10,9 +10,9 @@ from benchmarks.timing import Timing
 
 Row = dict[str, Any]
 SCORES = ("model", "tool", "method", "score", "difference", "95 % interval", "agreement % / cosine", "SQNR dB", "KB",
-          "integer kernels", "seconds")  # fmt: skip
+          "integer kernels", "seconds", "commit")  # fmt: skip
 LATENCY = ("model", "shape", "threads", "load", "tool and method", "median ms", "fastest ms", "times float32",
-           "times ORT static")  # fmt: skip
+           "times ORT static", "commit")  # fmt: skip
 
 
 def markdown(facts: dict[str, Any], document: dict[str, Any], description: str) -> str:
@@ -44,8 +44,7 @@ def markdown(facts: dict[str, Any], document: dict[str, Any], description: str) 
 def _score(row: Row) -> list[Any]:
     names = [row["model"], row["tool"], row["method"]]
     if "score" not in row:
-        words = f"failed: {row['failed']}" if "failed" in row else f"stopped after {row['stopped']:g} s"
-        return [*names, words, *[None] * (len(SCORES) - 4)]
+        return [*names, _why_not(row), *[None] * (len(SCORES) - 5), _commit(row)]
     fidelity, low, high = row.get("agreement", row.get("cosine")), *row["interval"]
     return [
         *names,
@@ -56,7 +55,18 @@ def _score(row: Row) -> list[Any]:
         round(row["bytes"] / 1000),
         f"{row['integer']} of {row['products']}" if "products" in row else None,
         row["seconds"],
+        _commit(row),
     ]
+
+
+def _why_not(row: Row) -> str:
+    return f"failed: {row['failed']}" if "failed" in row else f"stopped after {row['stopped']:g} s"
+
+
+def _commit(row: Row) -> str:
+    """Enough of the commit to find it; with a plus where the source had changes."""
+    words = row.get("commit", "")
+    return words[:8] + ("+" if words.endswith("+changes") else "")
 
 
 def _floats(scores: list[Row]) -> list[tuple[Any, ...]]:
@@ -71,8 +81,7 @@ def _floats(scores: list[Row]) -> list[tuple[Any, ...]]:
 
 def _latency(row: Row) -> list[list[Any]]:
     if "milliseconds" not in row:
-        words = row.get("failed", f"stopped after {row.get('stopped')} s")
-        return [[row["model"], row["format"], row["method"], None, words, *[None] * 4]]
+        return [[row["model"], row["format"], row["method"], None, _why_not(row), *[None] * 4, _commit(row)]]
     times = {name: Timing(tuple(value["rounds"]), value["best"]) for name, value in row["milliseconds"].items()}
     base, static = times.get(f"{ORT} {FLOAT32}"), times.get(f"{ORT} static U8S8")
     shape = row["format"].removeprefix("latency ")
@@ -81,6 +90,7 @@ def _latency(row: Row) -> list[list[Any]]:
             *(row["model"], shape, row["method"].split()[0], row["load_average"], name),
             *(f"{value:.3g}" for value in (timing.median, timing.fastest)),
             *(None if other is None else f"{timing.ratio_to(other):.2f}" for other in (base, static)),
+            _commit(row),
         ]
         for name, timing in times.items()
     ]

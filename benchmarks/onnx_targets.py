@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import targets
-from benchmarks.onnx_tools import FLOAT32, NARROWCAST, NNCF, OPENVINO, ORT
+from benchmarks.onnx_tools import FLOAT32, NARROWCAST, NNCF, OPENVINO, ORT, PRESETS
 from benchmarks.timing import Timing
 
 Row = dict[str, Any]
@@ -38,9 +38,14 @@ def _of_model(name: str, scores: list[Row], timings: list[Row]) -> Iterator[Row]
             yield from _accuracy(name, preset, mine, theirs)
             yield _row(name, f"{preset}: every product that it asks for is an integer kernel",
                        f"{mine['integer']} of {mine['products']}", mine["integer"] == mine["products"])  # fmt: skip
-            yield from _bounds(name, preset, mine)
+    for preset in PRESETS:
+        if f"{NARROWCAST} {preset}" in rows:
+            yield from _bounds(name, preset, rows[f"{NARROWCAST} {preset}"])
+    places: dict[tuple[str, str], list[Row]] = {}
     for timing in (row for row in timings if row["model"] == name and "milliseconds" in row):
-        yield from _latency(name, timing)
+        places.setdefault((timing["format"], timing["method"]), []).append(timing)
+    for (shape, threads), found in places.items():
+        yield from _latency(name, f"{shape.removeprefix('latency ')}, {threads}", found)
 
 
 def _accuracy(name: str, preset: str, mine: Row, theirs: list[Row]) -> Iterator[Row]:
@@ -64,14 +69,28 @@ def _lower_is_better(name: str) -> bool:
 def _bounds(name: str, preset: str, mine: Row) -> Iterator[Row]:
     sign = -1.0 if _lower_is_better(name) else 1.0
     row = mine | {"drop": -sign * mine["difference"], "perplexity_ratio": mine["score"] / mine["float32"]}
-    for verdict in targets.judge([t for t in targets.ACCURACY if t.quantity in row], name, preset, row):
+    variant = preset if preset == "static-int8" else f"{preset}+data"  # every file of the table is calibrated
+    for verdict in targets.judge([t for t in targets.ACCURACY if t.quantity in row], name, variant, row):
         yield _row(name, f"{preset}: {verdict['target']}, as for PyTorch", f"{verdict['value']:.4g}", verdict["met"])
 
 
-def _latency(name: str, timing: Row) -> Iterator[Row]:
-    times = {key: Timing(tuple(value["rounds"]), value["best"]) for key, value in timing["milliseconds"].items()}
-    place = f"{timing['format'].removeprefix('latency ')}, {timing['method']}"
-    base = times.get(f"{ORT} {FLOAT32}")
+def _latency(name: str, place: str, timings: list[Row]) -> Iterator[Row]:
+    """Of one shape and number of threads: ratios are between files of one process, of which there may be several."""
+    ratios: dict[str, float] = {}
+    for timing in timings:
+        times = {key: Timing(tuple(value["rounds"]), value["best"]) for key, value in timing["milliseconds"].items()}
+        base = times.get(f"{ORT} {FLOAT32}")
+        ratios |= {key: times[key].ratio_to(base) for key in INT8 if base is not None and key in times}
+        yield from _rivals(name, place, times)
+    ours = max((ratio for key, ratio in ratios.items() if key.startswith(NARROWCAST)), default=None)
+    if ours is not None:
+        fastest = max(ratios, key=lambda key: ratios[key])
+        yield _row(name, f"{place}: faster than float32 if any int8 tool is",
+                   f"{ours:.2f}x; fastest {fastest} {ratios[fastest]:.2f}x",
+                   ours > 1.0 or ratios[fastest] <= 1.0)  # fmt: skip
+
+
+def _rivals(name: str, place: str, times: dict[str, Timing]) -> Iterator[Row]:
     for preset, ways in RIVALS.items():
         mine = times.get(f"{NARROWCAST} {preset}")
         rivals = [times[f"{ORT} {way}"] for way in ways if f"{ORT} {way}" in times]
@@ -81,13 +100,6 @@ def _latency(name: str, timing: Row) -> Iterator[Row]:
         best = min(rival.fastest / mine.fastest for rival in rivals)
         yield _row(name, f"{place}: {preset} no slower than ONNX Runtime's quantizer",
                    f"{ratio:.2f}x, the fastest calls {best:.2f}x", ratio >= 1.0 - NOISE)  # fmt: skip
-    ratios = {key: times[key].ratio_to(base) for key in INT8 if base is not None and key in times}
-    ours = max((ratio for key, ratio in ratios.items() if key.startswith(NARROWCAST)), default=None)
-    if ours is not None:
-        fastest = max(ratios, key=lambda key: ratios[key])
-        yield _row(name, f"{place}: faster than float32 if any int8 tool is",
-                   f"{ours:.2f}x; fastest {fastest} {ratios[fastest]:.2f}x",
-                   ours > 1.0 or ratios[fastest] <= 1.0)  # fmt: skip
 
 
 def _row(name: str, target: str, number: str, met: object) -> Row:

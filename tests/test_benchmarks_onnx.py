@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import onnx_page, onnx_targets, onnx_vad
+from benchmarks import low_bits_cells, onnx_join, onnx_page, onnx_targets, onnx_vad, results_io
 from benchmarks.kit import MissingDataError
 from benchmarks.kit.base import data_folder
 from benchmarks.onnx_cases import CASES, case
@@ -72,6 +76,80 @@ def test_the_page_shows_every_row_and_what_failed() -> None:
     page = onnx_page.markdown(FACTS, document, "What it is.")
     for words in ("31.00", "failed: it cannot", "OpenVINO int8: it is not there", "4 of 4", "What it is."):
         assert words in page
+
+
+def document(commit: str, scores: list[Any], timings: list[Any] = ()) -> dict[str, Any]:  # type: ignore[assignment]
+    return {"machine": FACTS | {"commit": commit}, "versions": {}, "skipped": [], "scores": scores,
+            "timings": list(timings)}  # fmt: skip
+
+
+def test_a_later_run_replaces_its_own_rows_and_each_row_names_its_commit() -> None:
+    rival = row("ONNX Runtime", "dynamic", 88.0, 20.0)
+    earlier = document("aaa", [row("narrowcast", "static-int8", 89.0, 31.0), rival])
+    found = onnx_join.joined([earlier, document("bbb", [row("narrowcast", "static-int8", 90.0, 32.0)])])
+    assert [(r["method"], r["score"], r["commit"]) for r in found["scores"]] == [
+        ("static-int8", 90.0, "bbb"), ("dynamic", 88.0, "aaa")]  # fmt: skip
+    assert any(note.startswith("resnet20, not measured: ONNX Runtime float32, narrowcast dynamic-int8")
+               for note in found["skipped"])  # fmt: skip
+
+
+def test_documents_that_share_rows_are_joined_by_date() -> None:
+    old, new = ({**row("narrowcast", "static-int8", score, 31.0), "date": date, "commit": date}
+                for score, date in ((89.0, "2026-01"), (90.0, "2026-02")))  # fmt: skip
+    times = {"ONNX_Runtime_float32": 2.0, "narrowcast_static-int8": 1.0}
+    slow, fast = (timing(**times) | {"date": date, "commit": date} for date in ("2026-01", "2026-02"))
+    found = onnx_join.joined([document("x", [new], [fast]), document("y", [old], [slow])])
+    assert found["scores"] == [new] and found["timings"] == [fast]
+
+
+def test_a_stopped_cell_does_not_displace_a_measured_one_and_a_failed_one_does() -> None:
+    earlier = document("aaa", [row("narrowcast", "static-int8", 89.0, 31.0)])
+    cell = {"model": "resnet20", "tool": "narrowcast", "method": "static-int8"}
+    stopped = onnx_join.joined([earlier, document("bbb", [cell | {"stopped": 5.0}])])
+    failed = onnx_join.joined([earlier, document("bbb", [cell | {"failed": "SomeError"}])])
+    assert "score" in stopped["scores"][0] and "score" not in failed["scores"][0]
+
+
+def test_files_that_are_not_timed_again_keep_the_times_and_anchors_of_their_own_process() -> None:
+    times = {"ONNX_Runtime_float32": 2.0, "ONNX_Runtime_dynamic": 2.0}
+    earlier = timing(**times, **{"narrowcast_dynamic-int8": 4.0, "OpenVINO_int8": 0.5})
+    later = timing(**times, **{"narrowcast_dynamic-int8": 1.0})
+    found = onnx_join.joined([document("aaa", [], [earlier]), document("bbb", [], [later])])
+    kept, new = found["timings"]
+    assert (set(kept["milliseconds"]), kept["commit"]) == (
+        {"ONNX Runtime float32", "ONNX Runtime dynamic", "OpenVINO int8"}, "aaa")  # fmt: skip
+    assert new == later | {"commit": "bbb"}
+    targets = onnx_targets.judged([row("narrowcast", "dynamic-int8", 90.0, 30.0)], found["timings"])
+    rows = {r["target"]: r["number"] for r in targets if "1 threads" in r["target"]}
+    assert rows == {
+        "1, 1 threads: dynamic-int8 no slower than ONNX Runtime's quantizer": "2.00x, the fastest calls 2.00x",
+        "1, 1 threads: faster than float32 if any int8 tool is": "2.00x; fastest OpenVINO int8 4.00x",
+    }
+    again = onnx_join.joined([found, document("ccc", [], [earlier])])
+    assert [r["commit"] for r in again["timings"]] == ["ccc"]
+
+
+def test_other_presets_are_held_against_the_bounds_of_calibrated_modules() -> None:
+    found = verdicts([row("narrowcast", "weight-int8", 90.0, 37.0), row("narrowcast", "fp16", 90.0, 60.0)])
+    assert found == {"weight-int8: sqnr_db at least 38, as for PyTorch": "**missed**"}
+
+
+def test_the_committed_table_can_be_joined_with_itself() -> None:
+    path = results_io.folder_of(True) / "onnx.json"
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    found = onnx_join.joined([committed, committed])
+    assert len(found["scores"]) == len(committed["scores"])
+    assert all(row["commit"] for row in [*found["scores"], *found["timings"]])
+    onnx_page.markdown(found["machine"], found, "")
+
+
+def test_a_stopped_cell_takes_the_processes_that_it_started_with_it(tmp_path: Path) -> None:
+    inner = f"import time, pathlib; time.sleep(1.0); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    cell = low_bits_cells.Cell("m", "f", "t", "x", "s", (sys.executable, "-c", outer), "d")
+    assert low_bits_cells.measure(cell, 0.4)["stopped"] == 0.4
+    time.sleep(1.2)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_every_case_has_a_kind_that_tools_know_and_every_tool_a_name_of_its_own() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from narrowcast.errors import RecipeError
-from narrowcast.observers import Entropy, MovingAverage, Mse, Percentile, make_observer
+from narrowcast.observers import OBSERVERS, Best, Entropy, MovingAverage, Mse, Percentile, make_observer
 
 
 def test_numbers_in_parentheses_reach_the_observer() -> None:
@@ -25,10 +25,17 @@ def test_defaults_apply_without_a_number() -> None:
     assert isinstance(make_observer("moving_average()"), MovingAverage)
 
 
+def test_best_is_a_list_of_observers_and_all_without_one() -> None:
+    some, every = make_observer("best( minmax, percentile(99.9) )", bits=4), make_observer("best")
+    assert isinstance(some, Best) and isinstance(every, Best)
+    assert list(some.members) == ["minmax", "percentile(99.9)"] and some.bits == 4
+    assert list(every.members) == list(OBSERVERS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("histogram", "'histogram' is not known; use one of minmax, moving_average, percentile, entropy, mse"),
+        ("histogram", "'histogram' is not known; use one of minmax, moving_average, percentile, entropy, mse, best"),
         ("", "is not known"),
         ("percentile(99", "is not known"),
         (None, "is not known"),
@@ -38,6 +45,11 @@ def test_defaults_apply_without_a_number() -> None:
         ("percentile(101)", "above 50 and at most 100"),
         ("percentile(nan)", "above 50 and at most 100"),
         ("moving_average(1)", "at least 0 and below 1"),
+        ("best(minmax)", "nothing to choose from; name two observers"),
+        ("best(minmax,minmax)", "'minmax' is in it twice"),
+        ("best(minmax,best)", "is a choice itself"),
+        ("best(minmax,median)", "'median' is not known"),
+        ("best(minmax,percentile(20))", "above 50 and at most 100"),
     ],
 )
 def test_a_wrong_text_is_refused_with_the_remedy(text: str, message: str) -> None:

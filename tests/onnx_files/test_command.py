@@ -40,6 +40,16 @@ def test_quantize_writes_an_onnx_file_that_onnx_runtime_runs(folder: Path) -> No
     assert session.run(None, {"x": graphs.normal(2, 3, 12, 12)})[0].shape == (2, 5)
 
 
+def test_a_recipe_file_has_several_observers_watch_and_the_report_compares_them(folder: Path) -> None:
+    recipe = folder / "recipe.toml"
+    recipe.write_text('[[rule]]\nweight = "int8"\ninput = "uint8/tensor static:best(minmax, percentile(99.5))"\n')
+    done = run("quantize", folder / "model.onnx", "-r", recipe, "-d", folder / "data.npz", "-o", folder / "small.onnx",
+               "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output + str(done.exception)
+    rows = json.loads(done.stdout)["report"]["layers"]
+    assert all(" by " in row["input"] and row["input"].count(" dB") == 2 for row in rows)
+
+
 def test_plan_lists_the_layers_of_an_onnx_file(folder: Path) -> None:
     done = run("plan", folder / "model.onnx", "-r", "dynamic-int8", "--json")
     assert done.exit_code == 0, done.output

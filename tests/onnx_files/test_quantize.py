@@ -84,7 +84,7 @@ def test_data_comes_as_arrays_dictionaries_and_batches_with_targets() -> None:
         assert torch.equal(quantized("static-int8", data).model(X), expected)
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average(0.9)", "percentile(99.9)", "entropy", "mse"])
+@pytest.mark.parametrize("observer", ["minmax", "moving_average(0.9)", "percentile(99.9)", "entropy", "mse", "best"])
 def test_every_observer_can_choose_static_ranges(observer: str) -> None:
     rule = {"weight": "int8/channel", "input": f"uint8/tensor static:{observer}"}
     result = quantized({"rule": [rule]})
@@ -212,3 +212,10 @@ def test_formats_without_a_form_in_onnx_are_kept_with_the_reason() -> None:
     assert all(row.outcome == "kept" and "nf4" in row.reason for row in rows)
     with pytest.raises(nc.ContractError, match="nf4"):
         quantized({"rule": [{"weight": "nf4/group32"}]}, strict=True)
+
+
+def test_a_solver_without_input_vectors_is_replaced_with_the_reason() -> None:
+    model = graphs.one("ConvTranspose", graphs.normal(6, 4, 3, 3, seed=1), [None, 6, 8, 8], rank=4)
+    data = (torch.from_numpy(graphs.normal(4, 6, 8, 8, seed=seed)) for seed in range(3))
+    (row,) = quantized({"rule": [{"weight": "int4/channel"}]}, data, model).report.layers
+    assert row.outcome == "quantized" and "cannot be taken from its input" in row.reason + "".join(row.notes)

@@ -147,3 +147,12 @@ def test_an_lstm_in_a_subgraph_runs_in_the_integer_kernel() -> None:
     result = nc.quantize(model, "dynamic-int8", [batch], progress=False)
     assert {row.kernel for row in weights_of(result)} == {"DynamicQuantizeLSTM"}
     assert sqnr_db(OnnxModel(model).original(*batch), result.model(*batch)) > 32
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+def test_few_bits_with_data_are_solved_for_the_inputs_of_a_recurrent_node(op: str) -> None:
+    data = [torch.from_numpy(graphs.normal(7, 3, 20, seed=seed)) for seed in range(4)]
+    result = nc.quantize(recurrent(op), {"rule": [{"weight": "int4/channel"}]}, data, progress=False)
+    inputs, states = weights_of(result)
+    assert inputs.method.startswith("gptq") and inputs.errors[-1].output_error < inputs.errors[0].output_error
+    assert states.method.startswith("rtn") and "cannot be seen from outside" in states.reason

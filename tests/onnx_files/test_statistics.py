@@ -89,6 +89,27 @@ def test_all_observers_watch_one_value_in_one_pass(runs: list[int]) -> None:
     assert len(set(ranges)) == 5 and all(ranges[0][1] >= high for _, high in ranges)
 
 
+def choice(observer: str) -> dict[str, Any]:
+    return {"rule": [{"weight": "int8", "input": f"uint8/tensor static:{observer}"}]}
+
+
+def test_several_observers_choose_the_range_of_a_layer_in_one_pass(runs: list[int]) -> None:
+    result = quantized(choice("best(mse, percentile(99.5), minmax)"))
+    assert sum(runs) == 30 + 1
+    for row in result.report.layers:
+        assert " by mse " in row.input and "minmax [" in row.input and "percentile(99.5) [" in row.input
+    assert any("by the least squared error over the calibration data: mse" in note for note in result.report.notes)
+    assert same(result, quantized(choice("mse")))
+
+
+def test_statistics_of_several_observers_serve_one_of_them_alone(tmp_path: Path, runs: list[int]) -> None:
+    first = quantized(choice("best(minmax,percentile(99.5))"), resume=tmp_path)
+    runs.clear()
+    assert same(first, quantized(choice("best(minmax,percentile(99.5))"), resume=tmp_path)) and not runs
+    alone = quantized(choice("percentile(99.5)"), resume=tmp_path)
+    assert not runs and same(alone, quantized(choice("percentile(99.5)")))
+
+
 def test_memory_of_a_pass_is_that_of_a_few_rows_and_the_answer_the_same(
     runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

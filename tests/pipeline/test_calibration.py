@@ -112,7 +112,7 @@ def test_minmax_ranges_are_those_of_the_data() -> None:
     assert per_channel.input_scale.shape == (6,)
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average(0.5)", "percentile(99.9)", "entropy", "mse"])
+@pytest.mark.parametrize("observer", ["minmax", "moving_average(0.5)", "percentile(99.9)", "entropy", "mse", "best"])
 def test_every_observer_fixes_ranges_of_a_whole_model(observer: str) -> None:
     model, x = example("cnn")
     recipe = {"rule": [{"weight": "int8", "input": f"uint8/tensor static:{observer}"}]}

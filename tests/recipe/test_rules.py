@@ -76,6 +76,8 @@ def test_patterns_tell_upper_from_lower_case() -> None:
     ({"weight": "int8", "input": "int8/token static:minmax"}, "has no static range"),
     ({"weight": "int8", "input": "uint8/tensor static:median"}, "observer 'median' is not known; use one of minmax"),
     ({"weight": "int8", "input": "uint8/tensor static:percentile(200)"}, "percentile"),
+    ({"weight": "int8", "input": "uint8/tensor static:best(minmax)"}, "nothing to choose from"),
+    ({"weight": "int8", "input": "uint8/channel static:best"}, "ranges per channel are observed by minmax"),
     ({"weight": "int8", "input": "uint8/channel static:mse"}, "ranges per channel are observed by minmax"),
     ({"weight": "int8", "input": "uint8/tensor or so"}, "expected '<format>', '<format> static:<observer>' or"),
     ({"weight": "int8", "input": "int8/token outliers:top(0%)"}, "not a percentage between 0.001 and 25"),
@@ -139,6 +141,8 @@ def test_a_static_range_without_an_observer_has_the_default_one() -> None:
         == "uint8/tensor static:minmax"
     )
     assert str(InputRule.parse(" uint8/tensor  static:percentile(99.9) ")) == "uint8/tensor static:percentile(99.9)"
+    several = InputRule.parse("uint8/tensor static:best( minmax, percentile(99.9) )")
+    assert several.observer == "best(minmax,percentile(99.9))" and InputRule.parse(str(several)) == several
     assert InputRule.parse("int8/token").observer == ""
     assert str(InputRule.parse(" int8/token   outliers:top(0.50%)")) == "int8/token outliers:top(0.5%)"
     counted = [InputRule.parse("int8/token outliers:top(0.5%)").outlier_count(width) for width in (64, 200, 201, 4096)]

@@ -160,7 +160,9 @@ class OnnxModel(ModelAdapter):
     def shows_rows(self, path: str) -> bool:
         """Whether the vectors that a weight multiplies can be taken from the node's input."""
         use = self._uses[path]
-        return not use.inside and (use.op in ("Gemm", "MatMul") or (use.op == "Conv" and self._axes(use) in (3, 4)))
+        if use.inside or use.input is None:  # of a recurrent node's hidden states there is no value
+            return False
+        return use.op in ("Gemm", "MatMul", "LSTM", "GRU") or (use.op == "Conv" and self._axes(use) in (3, 4))
 
     def _axes(self, use: Use) -> int:
         return len(use.weight.const_value.shape)

@@ -17,7 +17,7 @@ from narrowcast.errors import DataError
 from narrowcast.methods import Seen
 from narrowcast.models import Layer, ModelAdapter, Observation, Site
 from narrowcast.nn import Activation
-from narrowcast.observers import ChannelMagnitude, ChannelRange, Observer, make_observer
+from narrowcast.observers import Best, ChannelMagnitude, ChannelRange, Observer, make_observer
 from narrowcast.pipeline.outliers import choose_outliers, describe_outliers
 from narrowcast.planning import LayerPlan, Plan
 from narrowcast.transforms import channel_scales, with_headroom
@@ -219,9 +219,11 @@ def activations_of(
         code_high = int(row.input.spec.format.high)
         scales = [(balance, channel_scales(low, high, balance, code_high=code_high)) for balance in balances]
         return [(Activation(row.input.spec, *pair), f"{text} balance {balance:g}") for balance, pair in scales]
-    bounds = calibration.ranges[path].range()
+    observer = calibration.ranges[path]
+    bounds = observer.range()
     spec = QuantSpec.parse(f"{row.input.spec.format.name}/tensor")
     scale, zero_point = choose_scale(torch.tensor([[bounds[0]]]), torch.tensor([[bounds[1]]]), spec)
     assert zero_point is not None
     activation = Activation(spec, scale.view(1), zero_point.view(1).to(torch.uint8))
-    return [(activation, f"{spec} [{bounds[0]:.4g}, {bounds[1]:.4g}]")]
+    why = f" {observer}" if isinstance(observer, Best) else ""
+    return [(activation, f"{spec} [{bounds[0]:.4g}, {bounds[1]:.4g}]{why}")]

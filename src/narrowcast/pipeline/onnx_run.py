@@ -19,7 +19,7 @@ from narrowcast.models.onnx_file import hash_of, stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
 from narrowcast.models.onnx_verdict import Kernel, graph_that_runs, kernels_of, node_verdicts, other_operators
 from narrowcast.nn import Activation
-from narrowcast.observers import ChannelMagnitude, Observer, make_observer
+from narrowcast.observers import Best, ChannelMagnitude, Observer, make_observer
 from narrowcast.observers.grouped_hessian import GroupedHessian
 from narrowcast.pipeline.calibrate import Calibration, Evidence, activations_of, first_batch, rewindable, thinned
 from narrowcast.pipeline.checks import check_has_data, check_plan, check_weights, refuse
@@ -30,7 +30,7 @@ from narrowcast.pipeline.onnx_outcome import outcomes
 from narrowcast.pipeline.onnx_statistics import Statistics
 from narrowcast.pipeline.onnx_transform import transform_onnx
 from narrowcast.pipeline.result import Quantized, totals_of
-from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight
+from narrowcast.pipeline.solve_weight import SolvedWeight, needs_of, solve_weight, why_unseen
 from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
@@ -157,11 +157,20 @@ def quantize_onnx(
         bytes_after=stored_size(adapter.graph), seconds=time.perf_counter() - started,
     )  # fmt: skip
     notes = [*adapter.notes, *transformed.notes, *job.on_twin.notes, *job.calibration.observation.notes]
-    notes += [*unchecked, *_notes(kernels), *_left_in_float(runs)]
+    notes += [*unchecked, *_winners(job.values), *_notes(kernels), *_left_in_float(runs)]
     report = Report(loaded.name, adapter.name, rows, totals, notes, transformed.changes)
     if strict:
         refuse([f"{row.layer}: fell back: {row.reason}" for row in rows if row.outcome == "fell back"])
     return Quantized(adapter.model, report, loaded)
+
+
+def _winners(values: Mapping[str, Observer]) -> list[str]:
+    """How often each observer of a choice won: rows of layers name only those of layers' inputs."""
+    won = Counter(item.candidates()[0].observer for item in values.values() if isinstance(item, Best))
+    if not won:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in won.most_common())
+    return [f"ranges of {won.total()} values by the least squared error over the calibration data: {listed}"]
 
 
 def _notes(kernels: Mapping[str, Kernel]) -> list[str]:
@@ -246,7 +255,10 @@ def _learners(job: _Job, hessians: Mapping[str, GroupedHessian]) -> dict[str, An
         "hessian": hessians,
     }
     items = {f"{kind} {path}": item for kind, found in named.items() for path, item in found.items()}
-    return items | {f"range {name} {job.observers[name]}": item for name, item in job.values.items()}
+    for name, item in job.values.items():  # by their own names: a later run may ask for one of them alone
+        parts = item.parts() if isinstance(item, Best) else {job.observers[name]: item}
+        items |= {f"range {name} {text}": part for text, part in parts.items()}
+    return items
 
 
 def _watch_rows(adapter: OnnxModel, path: str, values: dict[str, list[Any]]) -> GroupedHessian:
@@ -282,12 +294,22 @@ def _solve(job: _Job, *, progress: bool) -> None:
 
 def _solve_alone(job: _Job, row: LayerPlan, activation: Activation) -> SolvedWeight:
     """A weight that was not solved on a twin."""
-    why = job.on_twin.rounded.get(row.layer.name, "")
+    why = job.on_twin.rounded.get(row.layer.name, "") or _no_rows(job, row)
     asked = replace(row, method={"rtn": {}}) if why else row
     solved = solve_weight(job.adapter, asked, job.calibration, activation)
     if not why:
         return solved
     return replace(solved, notes=(*solved.notes, why)) if row.chosen else replace(solved, fallback=why)
+
+
+def _no_rows(job: _Job, row: LayerPlan) -> str:
+    """Why a solver that needs input vectors has none; "" where it has, needs none, or `solve_weight` says it."""
+    adapter = job.adapter
+    if "hessian" not in needs_of(row) or why_unseen(adapter, row.layer, job.calibration):
+        return ""
+    if any(adapter.takes_activation(site) and adapter.shows_rows(site.path) for site in row.layer.sites):
+        return ""
+    return "the vectors that it multiplies cannot be taken from its input, and it is in no block that was solved"
 
 
 def _write(

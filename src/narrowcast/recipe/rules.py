@@ -31,7 +31,7 @@ class InputRule:
 
     Args:
         spec: "int8/token" (found at run time), "uint8/tensor" (static), "bf16" or "fp16" (a cast).
-        observer: what fixes a static range, e.g. "percentile(99.99)"; "" where the range is not static.
+        observer: what fixes a static range, e.g. "percentile(99.99)" or "best(minmax,mse)"; "" where it is not static.
         outliers: percentage of a linear layer's input channels, the largest in calibration, that stay float.
     """
 
@@ -48,7 +48,9 @@ class InputRule:
             FormatError: no kernel takes such inputs, or the text has parts that mean nothing.
             RecipeError: the observer is not known.
         """
-        match = re.fullmatch(r"\s*(\S+?)(?:\s+static(?::(\S+))?)?(?:\s+outliers:top\(([\d.]+)%\))?\s*", text)
+        match = re.fullmatch(
+            r"\s*(\S+?)(?:\s+static(?::(\w+\([^:%]*\)|\S+))?)?(?:\s+outliers:top\(([\d.]+)%\))?\s*", text
+        )
         if match is None:
             raise FormatError(
                 f"input {text!r}: expected '<format>', '<format> static:<observer>' or '<format> outliers:top(0.5%)'"
@@ -57,7 +59,7 @@ class InputRule:
         is_static = spec.format.scaled and not isinstance(spec.granularity, PerToken)
         if "static" in text.split(maxsplit=1)[-1] and not is_static:
             raise FormatError(f"input {text!r}: {spec} has no static range; use 'uint8/tensor static:...'")
-        observer = (match[2] or DEFAULT_OBSERVER) if is_static else ""
+        observer = "".join((match[2] or DEFAULT_OBSERVER).split()) if is_static else ""
         if observer:
             make_observer(observer)
         if isinstance(spec.granularity, PerChannel) and observer != "minmax":
