@@ -17,6 +17,7 @@ from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import hash_of, stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
+from narrowcast.models.onnx_portable import Portable
 from narrowcast.models.onnx_verdict import Kernel, graph_that_runs, kernels_of, node_verdicts, other_operators
 from narrowcast.nn import Activation
 from narrowcast.observers import ChannelMagnitude, Observer, make_observer
@@ -105,7 +106,7 @@ def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
             raise RecipeError(f"rule {rule}: ONNX files have no form for outlier channels; leave out 'outliers:...'")
     specs = [rule.weight for rule in recipe.rules if rule.weight is not None]
     blocked = any(spec.format.bits < 8 or isinstance(spec.granularity, PerGroup) for spec in specs)
-    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=recipe.portable)
+    return OnnxModel(model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=Portable(recipe.portable))
 
 
 def plan_onnx(model: Any, recipe: Recipe) -> Plan:
