@@ -30,17 +30,15 @@ def stack(op: str = "LSTM", *, arranged: bool = False) -> Any:
         arranged: whether the second node's weights are made of other constants at every run, as exporters do.
     """
     gates = 4 if op == "LSTM" else 3
-    one = [
+    no_state = [
         helper.make_node("Shape", ["x"], ["batch"], start=1, end=2),
         helper.make_node("Concat", ["one", "batch", "hidden"], ["sides"], axis=0),
         helper.make_node("ConstantOfShape", ["sides"], ["zeros"]),
     ]
     states = ["zeros", "zeros"] if op == "LSTM" else ["zeros"]
-    two = [
-        helper.make_node("Unsqueeze", ["second", "first_axis"], ["W2"]),
-    ]
+    made = [helper.make_node("Unsqueeze", ["second", "first_axis"], ["W2"])] if arranged else []
     nodes = [
-        *one, *(two if arranged else ()),
+        *no_state, *made,
         helper.make_node(op, ["x", "W1", "R1", "", "lengths", *states], ["all"], name="rnn1", hidden_size=HIDDEN),
         helper.make_node("Squeeze", ["all", "direction"], ["h1"]),
         helper.make_node(op, ["h1", "W2", "R2"], ["", "last"], name="rnn2", hidden_size=HIDDEN),

@@ -58,7 +58,7 @@ def _check_text(message: Any, where: str) -> None:
                     )
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             found = getattr(message, field.name)
-            single = isinstance(found, type(message)) or hasattr(found, "DESCRIPTOR")
+            single = hasattr(found, "DESCRIPTOR")
             for inner in ([found] if message.HasField(field.name) else []) if single else found:
                 _check_text(inner, where)
 
