@@ -2,6 +2,7 @@
 
     python -m benchmarks.onnx_fuzz                   10,000 files, into benchmarks/results
     python -m benchmarks.onnx_fuzz --count 300       fewer, into build/benchmarks
+    python -m benchmarks.onnx_fuzz --first 10000 --count 20000      other files
 
 Files come from small good models (`tests/onnx_files/graphs.py` has their like) by changed bytes, cuts, spliced pieces,
 and by changes of their fields: swapped and repeated names, edges back, sides of 0, -1 and 2^62, other types, weights in
@@ -118,14 +119,14 @@ def child(first: int, count: int) -> None:
             print(json.dumps(row), flush=True)
 
 
-def run_all(count: int) -> list[dict[str, Any]]:
-    """Every file's row; a process that dies or hangs is a row of its own, and the next one begins behind it."""
+def run_all(first: int, count: int) -> list[dict[str, Any]]:
+    """The row of every file from number `first`; a process that dies or hangs is one, and the next begins behind it."""
     rows: list[dict[str, Any]] = []
     paths = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    at = 0
-    while at < count:
-        number = min(PER_PROCESS, count - at)
+    at, end = first, first + count
+    while at < end:
+        number = min(PER_PROCESS, end - at)
         command = [sys.executable, "-m", "benchmarks.onnx_fuzz", "--child", str(at), str(number)]
         try:
             done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False,
@@ -145,7 +146,7 @@ def run_all(count: int) -> list[dict[str, Any]]:
         for row in rows[-number:]:
             if is_bad(row):
                 print(json.dumps(row))
-        print(f"{at} of {count}", flush=True)
+        print(f"{at - first} of {count}", flush=True)
     return rows
 
 
@@ -160,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs, writes the page, and returns 1 where a file had a bad end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000, help="how many files")
+    parser.add_argument("--first", type=int, default=0, help="number of the first file, of which chance makes it")
     parser.add_argument("--quick", action="store_true", help="300 files")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
@@ -168,12 +170,13 @@ def main(argv: list[str] | None = None) -> int:
         child(*options.child)
         return 0
     count = 300 if options.quick else options.count
-    rows = run_all(count)
+    rows = run_all(options.first, count)
     bad = [row for row in rows if is_bad(row)]
     ends = Counter(row["outcome"].split(":")[0] for row in rows)
     kinds = Counter((row["kind"], row["outcome"].split(":")[0].startswith("quantized")) for row in rows)
+    command = f"python -m benchmarks.onnx_fuzz{_others(options.first, count)}"
     tables = [
-        f"{count} files, {len(bad)} bad ends. `python -m benchmarks.onnx_fuzz` repeats it with the same files.",
+        f"{count} files, {len(bad)} bad ends. `{command}` repeats it with the same files.",
         table(["end", "files"], ends.most_common()),
         table(["mutation", "files", "of them quantized"],
               [[k, kinds[k, True] + kinds[k, False], kinds[k, True]] for k in sorted({kind for kind, _ in kinds})]),
@@ -186,14 +189,20 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine()
     document = {
         "machine": facts,
+        "first": options.first,
         "count": count,
         "ends": ends,
         "bad": bad,
         "slowest_s": max(r["seconds"] for r in rows),
     }
-    folder = options.out or folder_of(count == 10_000)
+    folder = options.out or folder_of(count == 10_000 and not options.first)
     write_results(folder, "onnx_fuzz", document, page("Mutated ONNX files", facts, tables))
     return int(bool(bad))
+
+
+def _others(first: int, count: int) -> str:
+    """The options that name these files."""
+    return (f" --first {first}" if first else "") + (f" --count {count}" if count != 10_000 else "")
 
 
 if __name__ == "__main__":

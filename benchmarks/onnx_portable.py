@@ -4,8 +4,9 @@
     python -m benchmarks.onnx_portable --models mobilenetv1     into build/benchmarks
 
 A CPU without VNNI is made of one with it: in copies of ONNX Runtime's library the checks of CPUID for VNNI, and in one
-of them for AVX-512, are patched to fail, so that its other kernels run. Each file is answered by the library as it is
-and by both copies, in processes of their own. Linux on x86-64 only; a library whose checks are not found is an error.
+of them for AVX-512, are patched to fail, so that its other kernels run. Files made of the float ONNX file and files
+exported from the quantized PyTorch module are answered by the library as it is and by both copies, in processes of
+their own. Linux on x86-64 only; a library whose checks are not found is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import onnx_cell, results_io
+from benchmarks.kit import kit_model
 from benchmarks.machine import REPOSITORY, machine
 from benchmarks.onnx_cases import KIT, case
 from benchmarks.onnx_tools import FLOAT32, ORT, session, tensors
@@ -34,7 +36,10 @@ AVX_VNNI, AVX512_VNNI = rb"\x0f\xa2\xa8\x10", rb"\x81[\xe0-\xe7]\x00\x08\x00\x00
 AVX512 = rb"\xf7[\xc0-\xc7]\x00\x00\x01\x00"
 NEAR = 0x800
 CPUS = ("as it is", "AVX-512 without VNNI", "AVX2 without VNNI")
-RECIPES: dict[str, dict[str, Any]] = {"static-int8": {}, "static-int8, portable": {"portable": True}}
+FILE, MODULE = "ONNX file", "module, exported"
+PORTABLE = (False, True)
+FILES = {f"{source}{', portable' if portable else ''}": (source, portable) for source in (FILE, MODULE)
+         for portable in PORTABLE}  # fmt: skip
 MODELS = ("mobilenetv1", "resnet20", "squeezenet11")
 
 
@@ -77,37 +82,61 @@ def _patched_bytes(library: bytes, *, avx512: bool) -> bytes:
     return bytes(data)
 
 
-def make(name: str) -> dict[str, Any]:
-    """Quantize one model by both recipes; what the reports say of CPUs without VNNI."""
-    import narrowcast as nc
+def make(name: str) -> dict[str, list[str]]:
+    """Write the files of one model; what is said of CPUs without VNNI, by file."""
+    said = {}
+    for kind, (source, portable) in FILES.items():
+        path = FOLDER / file_of(name, kind)
+        notes = _of_module(name, path, portable) if source == MODULE else _of_file(name, path, portable)
+        said[kind] = [note for note in notes if "without VNNI" in note]
+    return said
+
+
+def _recipe(portable: bool) -> Any:
     from narrowcast.recipe import load_recipe
+
+    return load_recipe("static-int8").to_dict() | {"portable": portable}
+
+
+def _of_file(name: str, path: Path, portable: bool) -> list[str]:
+    """Quantize the float ONNX file."""
+    import narrowcast as nc
 
     chosen = case(name)
     source = onnx_cell.float32_file(chosen)
     data: Any = [tensors(batch) for batch in chosen.calibration(*session(source, ORT, 1))]
-    found = {}
-    for recipe, more in RECIPES.items():
-        quantized = nc.quantize(source, load_recipe("static-int8").to_dict() | more, data, progress=False)
-        nc.save(quantized, file_of(name, recipe))
-        found[recipe] = [note for note in quantized.report.notes if "without VNNI" in note]
-    return found
+    quantized = nc.quantize(source, _recipe(portable), data, progress=False)
+    nc.save(quantized, path)
+    return list(quantized.report.notes)
 
 
-def file_of(name: str, recipe: str) -> Path:
-    """Where a quantized file goes."""
-    return FOLDER / f"{name}-{recipe.replace(', ', '-')}.onnx"
+def _of_module(name: str, path: Path, portable: bool) -> list[str]:
+    """Quantize the PyTorch module, and export it."""
+    import narrowcast as nc
+
+    kit = kit_model(name)
+    quantized = nc.quantize(kit.build(), _recipe(portable), kit.calibration(), progress=False)
+    return list(nc.export.onnx(quantized, path, kit.calibration()).notes)
 
 
-def answer(name: str, recipe: str) -> dict[str, Any]:
-    """The score of one file in the library that this process finds."""
-    got = onnx_cell.answers(name, f"{ORT} {FLOAT32}", "held_out", file_of(name, recipe))
-    found = case(name).figures("held_out", onnx_cell.expected(name, "held_out"), got)
-    return {key: found[key] for key in ("score", "sqnr_db", "agreement", "digest")}
+def file_of(name: str, kind: str) -> str:
+    """The name of a quantized file."""
+    return f"{name}-{kind.replace(', ', '-').replace(' ', '-')}.onnx"
 
 
-def _elsewhere(name: str, recipe: str, library: Path | None) -> dict[str, Any]:
+def answer(name: str) -> dict[str, Any]:
+    """The scores of the files of a model in the library that this process finds."""
+    rows = {}
+    for kind in FILES:
+        got = onnx_cell.answers(name, f"{ORT} {FLOAT32}", "held_out", FOLDER / file_of(name, kind))
+        found = case(name).figures("held_out", onnx_cell.expected(name, "held_out"), got)
+        rows[kind] = {key: found[key] for key in ("score", "sqnr_db", "agreement", "digest")}
+    return rows
+
+
+def _elsewhere(name: str, library: Path | None) -> dict[str, Any]:
     path = os.pathsep.join([*([str(library)] if library else []), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "benchmarks.onnx_portable", "--answer", name, recipe]
+    command = [sys.executable, "-m", "benchmarks.onnx_portable", "--answer", name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False,
                           env=os.environ | {"PYTHONPATH": path})  # fmt: skip
     if done.returncode:
@@ -116,29 +145,29 @@ def _elsewhere(name: str, recipe: str, library: Path | None) -> dict[str, Any]:
 
 
 def measure(name: str) -> list[dict[str, Any]]:
-    """One row per recipe and library."""
-    notes, rows = make(name), []
+    """One row per file and library."""
+    notes = make(name)
     np.asarray(onnx_cell.expected(name, "held_out"))  # by the library as it is, before copies ask for it
     libraries = {CPUS[0]: None, CPUS[1]: patched(FOLDER, avx512=True), CPUS[2]: patched(FOLDER, avx512=False)}
-    for recipe in RECIPES:
-        for cpu, library in libraries.items():
-            row = {"model": name, "recipe": recipe, "cpu": cpu, **_elsewhere(name, recipe, library)}
-            rows.append(row | {"notes": notes[recipe]})
-            print({key: value for key, value in row.items() if key != "notes"}, flush=True)
+    answered = {cpu: _elsewhere(name, library) for cpu, library in libraries.items()}
+    rows = [{"model": name, "file": kind, "cpu": cpu, **answered[cpu][kind], "notes": notes[kind]}
+            for kind in FILES for cpu in CPUS]  # fmt: skip
+    for row in rows:
+        print({key: value for key, value in row.items() if key != "notes"}, flush=True)
     return rows
 
 
 def markdown(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The page."""
-    digests = {(row["model"], row["recipe"]): row["digest"] for row in rows if row["cpu"] == CPUS[0]}
+    digests = {(row["model"], row["file"]): row["digest"] for row in rows if row["cpu"] == CPUS[0]}
     table = results_io.table(
-        ("model", "recipe", "kernels", "score", "SQNR dB", "agreement %", "bits as with VNNI"),
-        [(row["model"], row["recipe"], row["cpu"], f"{row['score']:.3f}", f"{row['sqnr_db']:.2f}",
-          f"{row['agreement']:.2f}", "yes" if row["digest"] == digests[row["model"], row["recipe"]] else "no")
+        ("model", "static-int8 of", "kernels", "score", "SQNR dB", "agreement %", "bits as with VNNI"),
+        [(row["model"], row["file"], row["cpu"], f"{row['score']:.3f}", f"{row['sqnr_db']:.2f}",
+          f"{row['agreement']:.2f}", "yes" if row["digest"] == digests[row["model"], row["file"]] else "no")
          for row in rows],
     )  # fmt: skip
-    repaired = [f"- {row['model']}: {note}" for row in rows if row["cpu"] == CPUS[0] and "portable" in row["recipe"]
-                for note in row["notes"]]  # fmt: skip
+    portable = [row for row in rows if row["cpu"] == CPUS[0] and "portable" in row["file"]]
+    repaired = [f"- {row['model']}, {row['file']}: {note}" for row in portable for note in row["notes"]]
     description = " ".join((__doc__ or "").split("\n\n")[2].split())
     return results_io.page("ONNX files on CPUs without VNNI", facts, [description, table, "\n".join(repaired)])
 
@@ -147,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=KIT, default=list(MODELS))
-    parser.add_argument("--answer", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--answer", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="one model only, into build/benchmarks")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     chosen = parser.parse_args(argv)
     if chosen.answer:
         with contextlib.redirect_stdout(sys.stderr):
-            row = answer(*chosen.answer)
-        print(json.dumps(row))
+            found = answer(chosen.answer)
+        print(json.dumps(found))
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     names = results_io.available(chosen.models[:1] if chosen.quick else chosen.models, print)

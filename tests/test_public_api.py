@@ -35,7 +35,7 @@ def test_signatures_are_those_of_the_design() -> None:
     quantize = ["model", "recipe", "data", "*strict", "*min_coverage", "*inplace", "*progress", "*resume"]
     assert names(nc.quantize) == quantize
     assert names(nc.compare)[:4] == ["reference", "candidate", "data", "metric"]
-    assert names(nc.verify) == ["reference", "artefact", "data", "*tolerance", "*kernels"]
+    assert names(nc.verify) == ["reference", "artefact", "data", "*tolerance", "*kernels", "*into"]
     assert names(nc.save) == ["quantized", "directory", "*form"]
     assert names(nc.load)[:2] == ["directory", "into"]
     defaults = {name: p.default for name, p in inspect.signature(nc.quantize).parameters.items()}

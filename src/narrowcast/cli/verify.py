@@ -34,6 +34,15 @@ KernelsOption = Annotated[
     ),
 ]
 
+IntoOption = Annotated[
+    str | None,
+    typer.Option(
+        "--into",
+        metavar="FACTORY",
+        help="package.module:factory of the architecture of checkpoints whose model is no transformers class.",
+    ),
+]
+
 
 def verify(
     reference: Annotated[str, typer.Argument(metavar="A", help=f"The model that is right by definition: {MODEL_HELP}")],
@@ -41,6 +50,7 @@ def verify(
     data: Annotated[str, typer.Option("--data", "-d", metavar="DATA", help=f"Inputs to run: {DATA_HELP}")],
     tolerance: ToleranceOption = None,
     kernels: KernelsOption = None,
+    into: IntoOption = None,
     batch_size: BatchOption = 32,
     limit: LimitOption = None,
     tokenizer: TokenizerOption = None,
@@ -61,6 +71,7 @@ def verify(
         narrowcast verify ./all-MiniLM-L6-v2 minilm-int8 -d pairs.jsonl --tolerance 15dB
         narrowcast verify my_package.models:trained model.onnx --data test.npz --tolerance 20dB
         narrowcast verify model.onnx model-int8.onnx --data test.npz --tolerance 20dB
+        narrowcast verify my-int8 my-int8.onnx --into my_package.models:trained --data test.npz
         narrowcast verify minilm-int8 minilm-int8 -d pairs.jsonl --kernels reference
     """
     output = Output(as_json=as_json, quiet=quiet)
@@ -72,8 +83,10 @@ def verify(
 
         check_source(reference)
         check_source(artefact)
+        if into is not None:
+            check_source(into)
         samples = open_data(data, options, model=reference)
-        parity = nc.verify(reference, artefact, samples, tolerance=tolerance, kernels=(kernels, None))
+        parity = nc.verify(reference, artefact, samples, tolerance=tolerance, kernels=(kernels, None), into=into)
     output.json(parity.to_dict())
     output.show(str(parity))
     if not parity.ok:

@@ -15,7 +15,7 @@ from torch import nn
 
 from narrowcast.errors import CheckpointError, ModelError
 from narrowcast.evaluate.sources import kind, open_model
-from narrowcast.models import is_onnx, require_onnx
+from narrowcast.models import is_onnx, is_onnx_module, require_onnx
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Opened:
     note: str = ""
 
 
-def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
+def open_side(source: Any, reference: Opened | None, *, role: str, called: str = "the reference") -> Opened:
     """The model that `source` is or names.
 
     Args:
         source: an nn.Module, a Quantized, an ONNX model in memory, or a path or factory as in `evaluate.sources`.
         reference: into a copy of which a checkpoint without an architecture is loaded; None where there is none.
         role: what the model is called in messages.
+        called: what `reference` is called there.
 
     Raises:
         ModelError, CheckpointError: it cannot be opened.
@@ -55,12 +56,18 @@ def open_side(source: Any, reference: Opened | None, *, role: str) -> Opened:
         )
     try:
         return Opened(str(source), open_model(source), str(source))
-    except CheckpointError:
-        if reference is None or kind(source) != "checkpoint":
+    except CheckpointError as error:
+        if kind(source) != "checkpoint" or "into=" not in str(error):
             raise
+        if reference is None or is_onnx_module(reference.model):
+            beside = "" if reference is None else f", and neither has {reference.name}"
+            raise CheckpointError(
+                f"the {role}, {source}, is a checkpoint without an architecture{beside}; give what nc.load(path, "
+                "into=...) returned; nc.verify takes the architecture as into=, narrowcast verify as --into"
+            ) from error
         copied = open_model(source, copy.deepcopy(reference.model))
         architecture = reference.source if reference.source and kind(reference.source) == "factory" else None
-        note = f"the {role}'s checkpoint holds no architecture: it was loaded into a copy of the reference"
+        note = f"the {role}'s checkpoint holds no architecture: it was loaded into a copy of {called}"
         return Opened(str(source), copied, str(source), architecture, note)
 
 

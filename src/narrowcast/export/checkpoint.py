@@ -36,7 +36,7 @@ from narrowcast.export.checkpoint_schema import (
 )
 from narrowcast.export.checkpoint_tensors import check_storable, separate_aliases, slots, source_hash, visits
 from narrowcast.export.onnx_save import is_onnx_module, save_onnx
-from narrowcast.nn import MODULES, InstalledModule, QuantizedModule
+from narrowcast.nn import MODULES, InstalledModule, QuantizedModule, mark_portable_
 
 __all__ = ["load", "read_description", "save", "source_hash"]
 
@@ -212,6 +212,7 @@ def load(directory: str | Path, into: nn.Module | None = None, *, verify: bool =
     installation = plan_installation(into, description, new)
     installation.apply_(tensor)
     restore_graphs_(installation.root, flows)
+    mark_portable_(installation.root, (description["recipe"] or {}).get("portable") is True)
     return installation.root.eval()
 
 

@@ -18,7 +18,7 @@ from narrowcast.data import Batch, iterate
 from narrowcast.errors import DataError, ModelError
 from narrowcast.export.onnx_twins import Source, float_twin
 from narrowcast.models import require_onnx
-from narrowcast.nn import Activation, FoldedBatchNorm, FusedActivation
+from narrowcast.nn import Activation, FoldedBatchNorm, FusedActivation, is_portable
 
 _STATIC = QuantSpec.parse("uint8/tensor")
 
@@ -64,6 +64,9 @@ class Exported:
 def onnx(quantized: Any, path: str | Path, example: Any, *, token_ranges: bool = True) -> Exported:
     """Write a quantized PyTorch model as an ONNX file that ONNX Runtime runs in integers.
 
+    Where the model's recipe said `portable = true`, layers that would saturate on CPUs without VNNI are stored as
+    uint8: the same integers, multiplied by another kernel.
+
     Args:
         quantized: what `nc.quantize` or `nc.qat.convert` returned, or its module.
         path: of the file, ending in .onnx.
@@ -88,10 +91,10 @@ def onnx(quantized: Any, path: str | Path, example: Any, *, token_ranges: bool =
     proto = _exported(twin, batch)
     blocked = any(s.record.spec.format.bits < 8 or isinstance(s.record.spec.granularity, PerGroup) for s in
                   sources.values())  # fmt: skip
+    portable = importlib.import_module("narrowcast.models.onnx_portable").Portable(is_portable(model), exact=True)
     adapter = importlib.import_module("narrowcast.models.onnx_model").OnnxModel(
-        proto, blocked=blocked, portable=bool(getattr(getattr(quantized, "recipe", None), "portable", False)),
-        token_ranges=token_ranges,
-    )  # fmt: skip
+        proto, blocked=blocked, portable=portable, token_ranges=token_ranges
+    )
     work = _Work(adapter, sources, {})
     notes = work.write()
     adapter.graph.metadata_props["narrowcast.layers"] = json.dumps(_told(model, sources))
@@ -204,13 +207,7 @@ class _Work:
                 given = Activation(possible.input) if self.adapter.takes_activation(site) else Activation()
                 record = self.adapter.fitting(site.path, source.record, given)
                 self.adapter.install(site.path, built(record, given))
-        notes = self._raised(self.adapter.write_products(static))
-        if static and self.adapter.portable.repair:  # other codes would not be the module's
-            notes.append(
-                f"portable = true is not applied to {len(static)} static products, which keep the module's codes: on "
-                "CPUs without VNNI they may saturate; quantize the float ONNX file with this recipe instead"
-            )
-        return notes
+        return self._raised(self.adapter.write_products(static))
 
     def _raised(self, raised: dict[str, int]) -> list[str]:
         """Notes on channels whose bias does not fit into int32 in the scale of the sums."""

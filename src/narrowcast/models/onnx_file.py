@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
 from narrowcast.errors import CheckpointError, ModelError
+from narrowcast.models.onnx_damage import check_message
 from narrowcast.models.onnx_source import is_onnx_module
 
 # Above this, constants are not held in memory together, and go into a file of their own beside a saved model. A message
@@ -25,8 +25,6 @@ LARGE = 2**30
 _SMALLEST_EXTERNAL = 1024
 # Tags of protobuf: ModelProto.graph is field 7, GraphProto.initializer 5, TensorProto.raw_data 9, each with a length.
 _GRAPH_FIELD, _INITIALIZER_FIELD, _RAW_DATA_FIELD = b"\x3a", b"\x2a", b"\x4a"
-_NO_VERSION = 2**31
-_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def read_onnx(source: Any) -> ir.Model:
@@ -36,14 +34,18 @@ def read_onnx(source: Any) -> ir.Model:
         source: path of a file, an `onnx.ModelProto`, an `onnx_ir.Model` or an `OnnxModule`; the last two are copied.
 
     Raises:
-        ModelError: the file is missing, damaged, no ONNX model, or wants data from outside its folder.
+        ModelError: the file is missing, damaged, no ONNX model, or wants data from outside its folder; a model in
+            memory wants data of which it does not say in which folder it is.
     """
     if is_onnx_module(source):
         return source.graph.clone()
     if isinstance(source, ir.Model):
+        _check_external(source, "the model", None)
         return source.clone()
     if isinstance(source, onnx.ModelProto):
-        return _from_proto(source, "the model")
+        made = _from_proto(source, "the model")
+        _check_external(made, "the model", None)
+        return made
     path = Path(source)
     if not path.is_file():
         raise ModelError(f"{path} is not a file; give the path of an .onnx file")
@@ -52,14 +54,12 @@ def read_onnx(source: Any) -> ir.Model:
     except (DecodeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an ONNX model or is damaged: {type(error).__name__}: {error}") from None
     model = _from_proto(proto, str(path))
-    _check_external(model, path)
+    _check_external(model, str(path), path.absolute().parent)
     return model
 
 
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
-    if not proto.graph.node:
-        raise ModelError(f"{name} is not an ONNX model: its graph has no node")
-    _check_graph(proto.graph, set(), name, _context(proto, name))
+    check_message(proto, name)
     try:
         model = ir.from_proto(proto)
         list(model.graph.all_nodes())
@@ -68,101 +68,10 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     return model
 
 
-def _context(proto: onnx.ModelProto, name: str) -> Any:
-    """Versions by which onnx checks nodes."""
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
-    if not all(isinstance(domain, str) for domain in versions) or not all(
-        0 <= version < _NO_VERSION for version in (proto.ir_version, *versions.values())
-    ):
-        raise ModelError(f"{name}: IR version {proto.ir_version} and opsets {versions} are no versions; it is damaged")
-    context = onnx.checker.C.CheckerContext()
-    context.ir_version, context.opset_imports = proto.ir_version, versions
-    return context
-
-
-def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str, context: Any) -> None:
-    """Every value that a node reads is there before it: the graph has no cycle and no loose end."""
-    known = outer | {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    known |= {tensor.values.name for tensor in graph.sparse_initializer}
-    for tensor in graph.initializer:
-        _check_tensor(tensor, where)
-    for node in graph.node:
-        if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.output)):
-            raise ModelError(f"{where}: a node has a name that is no text; the file is damaged")
-        for name in node.input:
-            if name and name not in known:
-                raise ModelError(
-                    f"{where}: node {node.name!r} ({node.op_type}) reads {name!r}, which nothing before it gives: the "
-                    "graph has a cycle, or the file is damaged"
-                )
-        for attribute in node.attribute:
-            for inside in [attribute.g, *attribute.graphs] if attribute.type in _GRAPHS else ():
-                _check_graph(inside, known, where, context)
-        _check_node(node, where, context)
-        known |= set(node.output)
-    if loose := [value.name for value in graph.output if value.name not in known]:
-        raise ModelError(f"{where}: no node gives the output {loose[0]!r}; the file is damaged")
-
-
-def _check_node(node: onnx.NodeProto, where: str, context: Any) -> None:
-    """A standard operator has the inputs and attributes that its definition says.
-
-    ONNX Runtime refuses other nodes with the same check. Graphs inside of a node are walked by `_check_graph`: onnx's
-    own walk does not know the values around them.
-    """
-    if node.domain not in ("", "ai.onnx") or any(attribute.type in _GRAPHS for attribute in node.attribute):
-        return
-    try:
-        onnx.checker.check_node(node, context)
-    except (onnx.checker.ValidationError, ValueError) as error:  # the latter where its own words are no text
-        said = " ".join(str(error).split())
-        raise ModelError(
-            f"{where}: node {node.name!r} ({node.op_type}) is not what ONNX defines: {said:.300}; the file is damaged, "
-            "or of a newer ONNX"
-        ) from None
-
-
-# Where a constant that is not stored as bytes has its numbers, by type; the other types have them in int32_data.
-_FIELDS = {
-    onnx.TensorProto.FLOAT: "float_data", onnx.TensorProto.COMPLEX64: "float_data",
-    onnx.TensorProto.DOUBLE: "double_data", onnx.TensorProto.COMPLEX128: "double_data",
-    onnx.TensorProto.INT64: "int64_data", onnx.TensorProto.UINT32: "uint64_data",
-    onnx.TensorProto.UINT64: "uint64_data",
-}  # fmt: skip
-
-
-def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
-    """A constant has as many bytes as its shape says, so that no declared shape makes anyone ask for more memory."""
-    known = tensor.data_type in set(ir.DataType) and tensor.data_type != ir.DataType.UNDEFINED
-    if not known or not isinstance(tensor.name, str) or any(side < 0 for side in tensor.dims):
-        raise ModelError(f"{where}: constant {tensor.name!r} has no type or shape of ONNX; the file is damaged")
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return
-    elements = prod(tensor.dims)
-    if tensor.data_type == ir.DataType.STRING:
-        if len(tensor.string_data) != elements:
-            raise ModelError(
-                f"{where}: constant {tensor.name!r} of shape {list(tensor.dims)} has {len(tensor.string_data)} texts; "
-                "the file is damaged"
-            )
-        return
-    expected = -(-elements * ir.DataType(tensor.data_type).bitwidth // 8)
-    held = len(getattr(tensor, _FIELDS.get(tensor.data_type, "int32_data")))
-    if (
-        (len(tensor.raw_data) != expected)
-        if tensor.raw_data or not held
-        else held > 2 * elements or 8 * held < elements
-    ):
-        raise ModelError(
-            f"{where}: constant {tensor.name!r} of shape {list(tensor.dims)} would have {expected} bytes, and the file "
-            f"has {len(tensor.raw_data)} and {held} numbers; it is damaged"
-        )
-
-
 def tensors_of(model: ir.Model) -> Iterator[Any]:
     """Every constant of a model: initializers and the tensors in attributes, in subgraphs and functions too."""
-    graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
-    for graph in graphs:
+    functions = [function.graph for function in model.functions.values()]
+    for graph in [*model.graphs(), *functions, *(inside for outer in functions for inside in outer.subgraphs())]:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
@@ -170,37 +79,55 @@ def tensors_of(model: ir.Model) -> Iterator[Any]:
             for attribute in node.attributes.values():
                 if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
                     yield attribute.as_tensor()
+                elif not attribute.is_ref() and attribute.type == ir.AttributeType.TENSORS:
+                    yield from attribute.as_tensors()
 
 
-def _check_external(model: ir.Model, path: Path) -> None:
-    """Every tensor outside the file lies in a file of the same folder that is long enough; then it is found there."""
-    folder = path.absolute().parent
+def _check_external(model: ir.Model, name: str, folder: Path | None) -> None:
+    """Every tensor outside the file lies in a file of one folder that is long enough; then it is found there.
+
+    Args:
+        model: its tensors get the folder.
+        name: of the model, for errors.
+        folder: where the model's file is; None for a model in memory, whose tensors have to know theirs.
+    """
     for tensor in tensors_of(model):
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        location = str(tensor.location)
-        if "\0" in location:
-            raise ModelError(f"{path}: tensor {tensor.name!r} is in {location!r}, which no file can be called")
-        target = folder / location
-        if Path(location).is_absolute() or not target.resolve().is_relative_to(folder.resolve()):
-            raise ModelError(f"{path}: tensor {tensor.name!r} wants {location!r}, which is outside the model's folder")
-        if not target.is_file():
+        if folder is None and not tensor.base_dir:
             raise ModelError(
-                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, and there is no such file"
+                f"{name}: the data of tensor {tensor.name!r} is in the file {str(tensor.location)!r}, and a model in "
+                "memory does not say in which folder; give the path of the .onnx file, or load it with its data"
             )
-        if target.stat().st_nlink > 1:
-            raise ModelError(
-                f"{path}: the data of tensor {tensor.name!r} is in {location!r}, which has {target.stat().st_nlink} "
-                "hard links: it may be a file of another folder; copy it, and put the copy in its place"
-            )
-        offset = tensor.offset or 0
-        length = tensor.length if tensor.length is not None else tensor.nbytes
-        if offset < 0 or length < tensor.nbytes or offset + length > target.stat().st_size:
-            raise ModelError(
-                f"{path}: tensor {tensor.name!r} is bytes {offset} to {offset + max(length, tensor.nbytes)} of "
-                f"{location!r}, which has {target.stat().st_size}"
-            )
-        tensor.base_dir = str(folder)
+        place = Path(tensor.base_dir) if folder is None else folder
+        _check_place(tensor, name, place)
+        tensor.base_dir = str(place)
+
+
+def _check_place(tensor: ir.ExternalTensor, name: str, folder: Path) -> None:
+    """A tensor's bytes are all there, in a file of the folder that has no other name."""
+    what, location = f"{name}: the data of tensor {tensor.name!r}", str(tensor.location)
+    if "\0" in location:
+        raise ModelError(f"{what} is in {location!r}, which no file can be called")
+    target = folder / location
+    if Path(location).is_absolute() or not target.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{what} is in {location!r}, which is outside the model's folder")
+    if not target.is_file():
+        raise ModelError(f"{what} is in {location!r}, and there is no such file")
+    if target.stat().st_nlink > 1:
+        raise ModelError(
+            f"{what} is in {location!r}, which has {target.stat().st_nlink} hard links: it may be a file of another "
+            "folder; copy it, and put the copy in its place"
+        )
+    if tensor.dtype == ir.DataType.STRING:
+        raise ModelError(f"{what} is in {location!r}, and it is text, which has no bytes; store it in the model's file")
+    offset = tensor.offset or 0
+    length = tensor.length if tensor.length is not None else tensor.nbytes
+    if offset < 0 or length < tensor.nbytes or offset + length > target.stat().st_size:
+        raise ModelError(
+            f"{what} is bytes {offset} to {offset + max(length, tensor.nbytes)} of {location!r}, which has "
+            f"{target.stat().st_size}"
+        )
 
 
 def is_large(size: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import onnx
 import onnx_ir as ir
 
-from narrowcast.models.onnx_file import is_large, stored_size
+from narrowcast.models.onnx_file import is_large, stored_size, tensors_of
 
 # What is smaller stays in memory: shapes, scales and other numbers that optimizers and converters look at.
 SMALLEST_SPOOLED = 2**16
@@ -95,7 +95,8 @@ def _is_big(tensor: Any) -> bool:
 def without_weights(model: ir.Model, work: Callable[[onnx.ModelProto], onnx.ModelProto]) -> ir.Model:
     """What `work` makes of a model whose constants beyond a few numbers are inputs to it; they come back afterwards.
 
-    onnx's own functions take messages, which have at most two gigabytes, and copy them.
+    onnx's own functions take messages, which have at most two gigabytes, and copy them. A message does not say in which
+    folder the data of its tensors is; those that stayed in it (small ones, and those in subgraphs) are told again.
 
     Args:
         model: not changed.
@@ -115,7 +116,10 @@ def without_weights(model: ir.Model, work: Callable[[onnx.ModelProto], onnx.Mode
         value.const_value = None
         if name not in were_inputs:
             graph.inputs.append(value)
+    folders = {_stretch(tensor): tensor.base_dir for tensor in _external(copy)}
     done = ir.from_proto(work(ir.to_proto(copy)))
+    for tensor in _external(done):
+        tensor.base_dir = folders[_stretch(tensor)]
     for value in list(done.graph.inputs):
         if value.name in tensors:
             value.const_value = tensors[str(value.name)]
@@ -123,3 +127,12 @@ def without_weights(model: ir.Model, work: Callable[[onnx.ModelProto], onnx.Mode
             if value.name not in were_inputs:
                 done.graph.inputs.remove(value)
     return done
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
+
+
+def _stretch(tensor: ir.ExternalTensor) -> tuple[str, int, int]:
+    """Which bytes of which file a tensor is."""
+    return str(tensor.location), tensor.offset or 0, int(tensor.nbytes)

@@ -72,12 +72,12 @@ class OnnxModel(ModelAdapter):
         source: path of an .onnx file, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
         fold_batchnorm: whether BatchNorm becomes part of the convolution before it.
         blocked: whether 4-bit or blocked formats will be written, which need opset 21.
-        portable: whether products that saturate on CPUs without VNNI are repaired.
+        portable: whether and how products that saturate on CPUs without VNNI are repaired; None for not.
         token_ranges: whether products with ranges found at run time have one per token, and not one per input.
     """
 
     def __init__(
-        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: bool = False,
+        self, source: Any, *, fold_batchnorm: bool = True, blocked: bool = False, portable: Portable | None = None,
         token_ranges: bool = False,
     ) -> None:  # fmt: skip
         self.name = Path(source).name if isinstance(source, str | Path) else getattr(source, "name", "an ONNX model")
@@ -97,7 +97,7 @@ class OnnxModel(ModelAdapter):
         self._scribe = Scribe(model, spool_for(model))
         self._shared: dict[str, Any] = {}
         self._halves = Halves()
-        self.portable = Portable(portable)
+        self.portable = portable or Portable()
         self.token_ranges = token_ranges
         self.codes: dict[str, str] = {}
         self.placement = Placement()
@@ -320,6 +320,9 @@ class OnnxModel(ModelAdapter):
         found = {path: self._product(path, *given) for path, given in products.items()}
         stored, raised = write_products(self._scribe, self.graph.graph, found)
         self.codes |= stored
+        for path, name in stored.items():
+            if self.graph.graph.initializers[name].dtype == ir.DataType.INT8:  # ConvInteger has its weights in uint8
+                self.portable.look(found[path].use, found[path].record)
         return raised
 
     def _product(self, path: str, record: QuantizedTensor, activation: Activation) -> Product:

@@ -1,6 +1,7 @@
 """The layers of an ONNX graph, quantized or not, as seen from outside: what goes in and comes out, and in which codes.
 
-A layer is a product with a constant, its bias, and the Relu or Clip behind it where its output is rounded only there.
+A layer is a product with a constant, its bias, and the Relu or Clip behind it where its output is rounded only there;
+or a recurrent node, which gets lengths and initial states beside its input where these are no constants.
 What lies between codes is one kernel in ONNX Runtime, so values are looked at as codes where they are codes: asking for
 the float value in front of a QuantizeLinear would make ONNX Runtime compute it in float.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from narrowcast.models.onnx_layers import attribute
+from narrowcast.models.onnx_layers import RECURRENT, attribute
 from narrowcast.models.onnx_static import rectified
 from narrowcast.models.onnx_tokens import EPILOGUE, TOKENS, noted_product
 
@@ -28,6 +29,9 @@ _PRODUCTS = {
     "Conv": (1, 0), "ConvTranspose": (1, 0), "Gemm": (1, 0), "MatMul": (1, 0), "MatMulNBits": (1, 0),
     "ConvInteger": (1, 0), "MatMulInteger": (1, 0), "Gather": (0, 1),
 }  # fmt: skip
+_INTEGER_RECURRENT = "DynamicQuantizeLSTM"
+# Inputs of a recurrent node that may be values: lengths, initial hidden and cell states.
+_BESIDE = (4, 5, 6)
 _PASSED = ("DequantizeLinear", "QuantizeLinear", "Cast", "Reshape", "Transpose", "Identity")
 # What follows a product and belongs to it: operator, and whether it must be there.
 _BEHIND = {
@@ -87,6 +91,7 @@ class Part:
         kind: "integer", "weights" or "float", as in `parity.bounds.Arithmetic`.
         formats: of weight and input, in words.
         across: whether a product reads its weight as [out, in].
+        beside: names of the other values that go into a recurrent node.
     """
 
     layer: str
@@ -103,6 +108,7 @@ class Part:
     kind: str
     formats: str
     across: bool = False
+    beside: tuple[str, ...] = ()
 
 
 def notes_of(model: ir.Model, name: str) -> dict[str, Any]:
@@ -148,6 +154,8 @@ class _Reader:
 
     def part(self, node: ir.Node, taken: set[str]) -> Part | None:
         """The layer that a node multiplies for; None for other nodes."""
+        if node.op_type in (*RECURRENT, _INTEGER_RECURRENT):
+            return _recurrent(node)
         if node.op_type not in _PRODUCTS:
             return None
         index, data = _PRODUCTS[node.op_type]
@@ -230,6 +238,33 @@ class _Reader:
         return str(text)
 
 
+def _recurrent(node: ir.Node) -> Part | None:
+    """A recurrent node by its name, looked at where it is first read: at all states, or else at the last ones."""
+    outputs = [value for value in node.outputs if value.name and (_readers(value) or value.is_graph_output())]
+    if not outputs or node.inputs[0] is None:
+        return None
+    found = [constant_behind(value) for value in node.inputs[1:3]]
+    weights = [_weight_format(node, weight, through) if weight is not None else "float32" for weight, through in found]
+    formats, kind = ", ".join(sorted(set(weights))), "weights" if any(through for _, through in found) else "float"
+    if node.op_type == _INTEGER_RECURRENT:
+        formats, kind = f"{formats} x uint8, one range for the whole input and for each state", "integer"
+    given, output = str(node.inputs[0].name), str(outputs[0].name)
+    beside = [node.inputs[index] for index in _BESIDE if index < len(node.inputs)]
+    fed = dict.fromkeys(str(value.name) for value in beside if value is not None and value.const_value is None)
+    fed.pop(given, None)
+    name = str(node.name).removesuffix("_quantized") or output
+    return Part(
+        name, node.op_type, "", given, None, (), given, output, output, "", None, kind, formats, beside=tuple(fed)
+    )  # fmt: skip
+
+
+def hidden_layers(model: ir.Model) -> int:
+    """How many products and recurrent nodes are in subgraphs, where `find_parts` does not look."""
+    main = {id(node) for node in model.graph}
+    kinds = (*_PRODUCTS, *RECURRENT, _INTEGER_RECURRENT)
+    return sum(node.op_type in kinds and id(node) not in main for node in model.graph.all_nodes())
+
+
 def _padding(node: Any) -> tuple[tuple[int, ...], ...]:
     if node is None or node.op_type != "Pad" or node.inputs[1].const_value is None:
         return ()
@@ -298,26 +333,28 @@ def _handed(output: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     return output, None
 
 
-def cut(model: ir.Model, part: Part, shown: str, rank: int) -> ir.Model:
+def cut(model: ir.Model, part: Part, shown: str, ranks: Sequence[int]) -> ir.Model:
     """One layer as a model of its own.
 
     Args:
         model: not changed.
-        part: the layer, whose `given` goes in.
+        part: the layer, whose `given` goes in, and what is `beside` it.
         shown: name of the value that comes out: `part.handed`, or a float.
-        rank: axes of the input.
+        ranks: axes of the inputs.
     """
     copy = model.clone()
     graph = copy.graph
-    value = _values(graph)[part.given]
-    kind = value.dtype or ir.DataType.FLOAT
-    if part.given_codes is not None:
-        kind = _code_type(part.given_codes)
-    fed = ir.Value(name=f"{part.given}_fed", type=ir.TensorType(kind), shape=ir.Shape([None] * rank))
-    value.replace_all_uses_with(fed)
-    output = _typed(_values(graph)[shown], part.handed_codes if shown == part.handed else None)
+    values, inputs = _values(graph), []
+    for name, rank in zip((part.given, *part.beside), ranks, strict=True):
+        kind = values[name].dtype or ir.DataType.FLOAT
+        if part.given_codes is not None:
+            kind = _code_type(part.given_codes)
+        fed = ir.Value(name=f"{name}_fed", type=ir.TensorType(kind), shape=ir.Shape([None] * rank))
+        values[name].replace_all_uses_with(fed)
+        inputs.append(fed)
+    output = _typed(values[shown], part.handed_codes if shown == part.handed else None)
     graph.inputs.clear()
-    graph.inputs.append(fed)
+    graph.inputs.extend(inputs)
     graph.outputs.clear()
     graph.outputs.append(output)
     common.RemoveUnusedNodesPass()(copy)
@@ -353,9 +390,10 @@ def stored_codes(model: ir.Model, part: Part) -> Array | None:
     if value is None or value.const_value is None or value.const_value.dtype == ir.DataType.FLOAT:
         return None
     array = np.array(value.const_value.numpy())  # the file's own is not writable, which torch warns of
+    if array.dtype == np.uint8:  # the same integers for kernels that want them so
+        array = (array.astype(np.int64) - 128).astype(np.int8)
     if part.op in ("Conv", "ConvInteger"):
-        matrix = array.reshape(array.shape[0], -1)
-        return (matrix.astype(np.int64) - 128).astype(np.int8) if array.dtype == np.uint8 else matrix
+        return array.reshape(array.shape[0], -1)
     if part.op not in ("Gemm", "MatMul", "MatMulInteger") or array.ndim != 2:
         return None
     return array if part.across else np.ascontiguousarray(array.T)

@@ -152,12 +152,14 @@ class Portable:
 
     Args:
         repair: whether they are repaired.
+        exact: whether every code has to stay, so that repair is uint8 in place of narrower codes.
         risks: by the path of the weight's use.
         repaired: what was done, by path.
         unsigned: paths whose weights are to be stored as uint8.
     """
 
     repair: bool = False
+    exact: bool = False
     risks: dict[str, Risk] = field(default_factory=dict)
     repaired: dict[str, str] = field(default_factory=dict)
     unsigned: list[str] = field(default_factory=list)
@@ -174,7 +176,7 @@ class Portable:
         self.risks[use.path] = risk
         if not self.repair:
             return record
-        if isinstance(record.spec.granularity, PerTensor):
+        if self.exact or isinstance(record.spec.granularity, PerTensor):
             return self._unsigned(use, record)
         changed = codes.copy()
         changed[:, order], factor = narrowed(codes[:, order])
@@ -188,7 +190,7 @@ class Portable:
 
     def _unsigned(self, use: Use, record: QuantizedTensor) -> QuantizedTensor:
         self.unsigned.append(use.path)
-        self.repaired[use.path] = "stored as uint8, which loses nothing and is slower"
+        self.repaired[use.path] = "stored as uint8, which changes no number and is slower"
         return record
 
     def store_unsigned(self, scribe: Scribe, codes: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from onnx_ir.passes import common
 
 from narrowcast.models.onnx_faster import pool_averages
+from narrowcast.models.onnx_fit import check_channels, check_fit, fits_pads, floats
 from narrowcast.models.onnx_layers import attribute
 from narrowcast.models.onnx_recurrent import fold_weights
 from narrowcast.models.onnx_scribe import Scribe
@@ -25,6 +26,9 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     Constant nodes become initializers, functions are inlined, nodes without a name get one. Zero
     padding becomes part of the convolution behind it, and BatchNorm of the one before it; means over images
     become pools.
+
+    Raises:
+        ModelError: attributes and constants of a node contradict each other.
     """
     notes = []
     if model.functions:
@@ -33,6 +37,7 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
     fold_shapes(model)
     _name_nodes(model)
+    check_fit(model)
     infer_shapes(model)
     scribe = Scribe(model)
     if arranged := fold_weights(scribe):
@@ -45,7 +50,7 @@ def prepare(model: ir.Model, *, fold_batchnorm: bool) -> list[str]:
     if folded:
         notes.append(f"{folded} BatchNorms were folded into the layers before them")
     if len(norms) > folded:
-        notes.append(f"{len(norms) - folded} BatchNorms stay: they follow no layer that is theirs alone")
+        notes.append(f"{len(norms) - folded} BatchNorms stay: they follow no layer of floats that is theirs alone")
     notes += pool_averages(scribe)
     common.RemoveUnusedNodesPass()(model)
     return notes
@@ -106,7 +111,8 @@ def _array(value: Any) -> Any:
 def _fold_pad(scribe: Scribe, node: ir.Node) -> bool:
     """Let convolutions pad by themselves; returns whether it was done."""
     pads = _array(node.inputs[1]) if len(node.inputs) > 1 else None
-    fill = _array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.float32(0)
+    given = node.inputs[2] if len(node.inputs) > 2 else None
+    fill = np.float32(0) if given is None else _array(given) if floats(given) else None
     axes = node.inputs[3] if len(node.inputs) > 3 else None
     value = node.outputs[0]
     readers = [reader for reader, index in value.uses() if index == 0]
@@ -118,7 +124,7 @@ def _fold_pad(scribe: Scribe, node: ir.Node) -> bool:
         return False
     if any(r.op_type != "Conv" or attribute(r, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") for r in readers):
         return False
-    if min(pads) < 0:
+    if not len(pads) or min(pads) < 0 or not fits_pads(pads, readers):
         return False
     spatial = [int(side) for side in [*pads[2:rank], *pads[rank + 2 :]]]
     for reader in readers:
@@ -136,15 +142,18 @@ def _fold_norm(scribe: Scribe, node: ir.Node) -> bool:
     layer = node.inputs[0].producer() if node.inputs[0] is not None else None
     if layer is None or not _takes_norm(layer) or len(node.outputs) > 1 or attribute(node, "training_mode", 0):
         return False
-    parts = [_array(value) for value in node.inputs[1:5]]
-    weight = _array(layer.inputs[1])
     has_bias = len(layer.inputs) > 2 and layer.inputs[2] is not None
-    bias = _array(layer.inputs[2]) if has_bias else None
-    if weight is None or (has_bias and bias is None) or any(part is None for part in parts):
+    if not floats(*layer.inputs[1 : 2 + has_bias], *node.inputs[1:5]):
         return False
+    parts = [_array(value) for value in node.inputs[1:5]]
+    weight, axis = _array(layer.inputs[1]), _output_axis(layer)
+    bias = _array(layer.inputs[2]) if has_bias else None
+    channels = weight.shape[axis]
+    check_channels(layer, node, channels)
+    if bias is not None and bias.size != 1 and (bias.size != channels or bias.shape[-1] != channels):
+        return False  # what Gemm adds differs from row to row
     gamma, beta, mean, variance = (torch.from_numpy(np.array(part)) for part in parts)
     statistics = BatchNormStatistics(mean, variance, gamma, beta, attribute(node, "epsilon", 1e-5))
-    axis = _output_axis(layer)
     rows = torch.from_numpy(np.moveaxis(weight, axis, 0).copy())
     added = None if bias is None else torch.from_numpy(np.array(np.broadcast_to(bias.reshape(-1), rows.shape[0])))
     folded, shifted = fold_batchnorm(rows, added, statistics)

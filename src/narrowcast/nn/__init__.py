@@ -9,6 +9,7 @@ from narrowcast.nn.experts import ExpertsShape, QuantizedExperts
 from narrowcast.nn.folded import FoldedBatchNorm, FusedActivation
 from narrowcast.nn.linear import QuantizedLinear, is_int8_per_channel, linear_op
 from narrowcast.nn.outliers import OutlierLinear, outlier_bits
+from narrowcast.nn.portable import is_portable, mark_portable_
 from narrowcast.nn.recurrent import QuantizedRecurrent, RecurrentShape
 from narrowcast.nn.training import DEFAULT_TRAINING, TRAINING, Training
 from narrowcast.nn.weight_only import weight_only_kernel
@@ -54,7 +55,9 @@ __all__ = [
     "activation_mode",
     "activation_spec",
     "is_int8_per_channel",
+    "is_portable",
     "linear_op",
+    "mark_portable_",
     "outlier_bits",
     "weight_only_kernel",
 ]

@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime):
         self._found = self._room.find_parts(model.graph)
         self._beside_graph = False
         self._parts: dict[str, Any] = {part.layer: part for part in self._found}
-        self._alone: dict[tuple[str, str, int], Any] = {}
+        self._alone: dict[tuple[str, str, tuple[int, ...]], Any] = {}
         self._watched: tuple[Mapping[str, Unit], Watcher] | None = None
         self._seen: tuple[tuple[str, ...], Any] | None = None
 
@@ -55,7 +55,10 @@ class OnnxRuntime(Runtime):
             self._beside_graph = True
             known = {part.layer for part in other._found}
             self._parts = {part.layer if part.layer in known else part.output: part for part in self._found}
-        return importlib.import_module("narrowcast.models.onnx_warnings").warnings_of(self.model.graph)
+        found = importlib.import_module("narrowcast.models.onnx_warnings").warnings_of(self.model.graph)
+        if hidden := self._room.hidden_layers(self.model.graph):
+            found = [*found, f"{hidden} products are inside of If or Loop nodes: not compared by themselves"]
+        return list(found)
 
     def names(self) -> set[str]:
         """See `Runtime`."""
@@ -99,8 +102,8 @@ class OnnxRuntime(Runtime):
         answers: dict[str, Tensor] = batch.run(look)
         for name, unit in units.items():
             part = self._parts[name]
-            given = answers[part.given]
-            watcher.enter(name, (_unpadded(_meant(given, part.given_codes), part.padding),), {})
+            given = _unpadded(_meant(answers[part.given], part.given_codes), part.padding)
+            watcher.enter(name, (given, *(answers[value] for value in part.beside)), {})
             watcher.leave(name, self._output(part, unit, answers[self._shown(part, unit)]))
         outputs = tuple(answers[name] for name in self.model.output_names)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -112,6 +115,8 @@ class OnnxRuntime(Runtime):
             part = self._parts[name]
             names[self._shown(part, unit)] = part.handed_codes if part.handed else None
             names.setdefault(part.given, part.given_codes)
+            for value in part.beside:
+                names.setdefault(value, None)
         key = tuple(names)
         if self._seen is None or self._seen[0] != key:
             graph = self._room.showing(self.model.graph, names)
@@ -137,14 +142,15 @@ class OnnxRuntime(Runtime):
     def call(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `Runtime`."""
         part = self._parts[unit.name]
-        (x,) = (*args, *kwargs.values())
+        x, *beside = (*args, *kwargs.values())
         if part.given_codes is not None:
             x = self._codes(x, part)
-        key = (unit.name, self._shown(part, unit), x.dim())
+        ranks = tuple(value.dim() for value in (x, *beside))
+        key = (unit.name, self._shown(part, unit), ranks)
         if key not in self._alone:
-            graph = self._room.cut(self.model.graph, part, self._shown(part, unit), x.dim())
+            graph = self._room.cut(self.model.graph, part, self._shown(part, unit), ranks)
             self._alone[key] = self._sessions.OnnxModule(graph, f"{unit.name} of {self.name}")
-        return self._output(part, unit, self._alone[key].answer(x))
+        return self._output(part, unit, self._alone[key].answer(x, *beside))
 
     def _codes(self, x: Tensor, part: Any) -> Tensor:
         """The input as the product reads it, rounded as the other side does: torch's kernels multiply by 1 / scale."""

@@ -38,6 +38,7 @@ def verify(
     *,
     tolerance: str | float | None = None,
     kernels: tuple[str | None, str | None] = (None, None),
+    into: Any = None,
 ) -> Parity:
     """Compare two artefacts of one model layer by layer, on the same data.
 
@@ -57,6 +58,8 @@ def verify(
             Where the sides hold different formats none follows, and parity is not shown unless you state one.
         kernels: what narrowcast's ops of each side run on: "reference" for the bodies in torch that define them, a
             name in `nc.kernels.TIERS`, or None for those in use.
+        into: the model, or its factory, into copies of which checkpoints without an architecture are loaded, on either
+            side: needed where such a checkpoint is the reference, or an ONNX file is.
 
     Returns:
         The parity; print it, ask `ok`, `equal`, `first_difference`, or take `to_dict()`.
@@ -76,8 +79,10 @@ def verify(
     asked = None if tolerance is None else parse_tolerance(tolerance)
     for name in kernels:
         check_kernels(name)
-    left = _plain(open_side(reference, None, role=NAMES[0]))
-    right = _plain(open_side(artefact, left, role=NAMES[1]))
+    architecture = None if into is None else open_side(into, None, role="architecture")
+    called = f"the {NAMES[0]}" if architecture is None else architecture.name
+    left = _plain(open_side(reference, architecture, role=NAMES[0], called=called))
+    right = _plain(open_side(artefact, architecture or left, role=NAMES[1], called=called))
     models = dict(zip(NAMES, (left.model, right.model), strict=True))
     with evaluating(models) as notes, apart(*_to_take_apart(left, right)) as taken:
         sides = [_runtime(side, name) for side, name in zip((left, right), kernels, strict=True)]

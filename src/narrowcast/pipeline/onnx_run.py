@@ -17,6 +17,7 @@ from narrowcast.errors import ContractError, RecipeError
 from narrowcast.models import FoldReport
 from narrowcast.models.onnx_file import hash_of, stored_size
 from narrowcast.models.onnx_model import OnnxModel, Written
+from narrowcast.models.onnx_portable import Portable
 from narrowcast.models.onnx_verdict import Kernel, graph_that_runs, kernels_of, node_verdicts, other_operators
 from narrowcast.nn import Activation
 from narrowcast.observers import Best, ChannelMagnitude, Observer, make_observer
@@ -106,7 +107,7 @@ def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
     specs = [rule.weight for rule in recipe.rules if rule.weight is not None]
     blocked = any(spec.format.bits < 8 or isinstance(spec.granularity, PerGroup) for spec in specs)
     return OnnxModel(
-        model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=recipe.portable,
+        model, fold_batchnorm=recipe.fold_batchnorm, blocked=blocked, portable=Portable(recipe.portable),
         token_ranges=recipe.token_ranges,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from narrowcast.nn import mark_portable_
 from narrowcast.pipeline.checks import coverage
 from narrowcast.pipeline.judge import Verdict
 from narrowcast.planning import Plan
@@ -22,7 +23,7 @@ class Quantized:
     """The result of `quantize`.
 
     Args:
-        model: the quantized module; call it like the float one.
+        model: the quantized module; call it like the float one. It is told whether the recipe is portable.
         report: what became of every weight.
         recipe: the recipe that was followed.
         source_sha256: hash of the float model's tensors, which says what this was made from.
@@ -32,6 +33,9 @@ class Quantized:
     report: Report
     recipe: Recipe
     source_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        mark_portable_(self.model, self.recipe.portable)
 
 
 def totals_of(plan: Plan, outcomes: list[LayerOutcome], verdict: Verdict, probe: Any) -> Totals:
