@@ -1,4 +1,4 @@
-"""The numbers of a convolution of a graph: kernel, strides, dilations and pads, and how many positions its output has."""
+"""The numbers of a convolution of a graph: kernel, strides, dilations, pads, and the positions of its output."""
 
 from __future__ import annotations
 
