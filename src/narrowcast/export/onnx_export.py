@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.core import PerGroup, QuantSpec
+from narrowcast.core import PerGroup
 from narrowcast.data import Batch, iterate
 from narrowcast.errors import DataError, ModelError
 from narrowcast.export.onnx_twins import Source, float_twin
 from narrowcast.models import require_onnx
 from narrowcast.nn import Activation, FoldedBatchNorm, FusedActivation, is_portable
-
-_STATIC = QuantSpec.parse("uint8/tensor")
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ class _Work:
             if possible.weight is None:
                 self.done[path] = ([], f"float: {possible.reason}")
                 continue
-            exact = possible.input == _STATIC and source.activation.scale is not None
+            exact = Activation(possible.input).mode == "static" and source.activation.scale is not None
             self.done[path] = ([site.path for site in layer.sites], possible.fallback or "" if exact else "; ".join(
                 part for part in (possible.fallback, possible.reason) if part
             ))  # fmt: skip

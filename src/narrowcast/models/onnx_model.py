@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,8 @@ from narrowcast.errors import DataError
 from narrowcast.models import onnx_patterns as patterns
 from narrowcast.models import onnx_targets as targets
 from narrowcast.models.base import Layer, ModelAdapter, Observation, Possible, Site, Watcher
+from narrowcast.models.onnx_channels import ScalableChannels, scalable_channels
+from narrowcast.models.onnx_conv import conv_numbers, conv_positions
 from narrowcast.models.onnx_exact import Product, write_products
 from narrowcast.models.onnx_faster import add_before_norms
 from narrowcast.models.onnx_file import read_onnx
@@ -197,9 +199,21 @@ class OnnxModel(ModelAdapter):
         self.placement = place(self._uses[path].node for path in paths)
         return self.placement.observed()
 
+    def scalable_channels(self, paths: Mapping[str, str]) -> ScalableChannels:
+        """Which channels of the values between these static products may be scaled.
+
+        Args:
+            paths: of the products; why the weight there cannot take in the scales of its input, "" where it can.
+        """
+        return scalable_channels(self.graph.graph, {id(self._uses[path].node): why for path, why in paths.items()})
+
     def input_value(self, path: str) -> str:
         """Name of the value that a node's weight multiplies."""
         return str(self._uses[path].input.name)
+
+    def output_value(self, path: str) -> str:
+        """Name of the value that a node makes."""
+        return str(self._uses[path].node.outputs[0].name)
 
     def observe(
         self, data: Any, watchers: Mapping[str, Iterable[Watcher]],
@@ -303,10 +317,21 @@ class OnnxModel(ModelAdapter):
         if raised:
             self.notes.append(f"{path}: {raised} channels have larger scales, so that their bias fits into int32")
 
-    def put_ranges(self, paths: Iterable[str], ranges: Mapping[str, tuple[float, int]]) -> None:
-        """Write the Q and DQ nodes of what `place_ranges` decided."""
+    def put_ranges(
+        self, paths: Iterable[str], ranges: Mapping[str, tuple[float, int]], needless: Collection[str] = ()
+    ) -> None:
+        """Write the Q and DQ nodes of what `place_ranges` decided.
+
+        Args:
+            paths: of the static products.
+            ranges: scale and zero point of every value with a range of its own.
+            needless: names of the outputs of those Clips that do no more than rounding to codes does; they go.
+        """
         nodes = [self._uses[path].node for path in paths]
+        clips = [node for node in self.graph.graph if node.outputs and node.outputs[0].name in needless]
         put(self._scribe, self.graph.graph, self.placement, nodes, ranges)
+        for node in clips:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
 
     def write_products(self, products: Mapping[str, tuple[QuantizedTensor, Activation]]) -> dict[str, int]:
         """Write static products with the very codes of their weights, and the Q and DQ nodes between them.
@@ -359,36 +384,6 @@ class _Counted:
         self.seen.positions[self.path] = self.seen.positions.get(self.path, 0) + positions
         for watcher in self.watchers:
             watcher(x)
-
-
-def conv_numbers(use: Use, sides: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
-    """Kernel, stride, dilation, pads [begins..., ends...] of a convolution of images with these sides, in two axes."""
-    kernel = [int(side) for side in use.weight.const_value.shape[2:]]
-    spatial = len(kernel)
-    stride = list(attribute(use.node, "strides", [1] * spatial))
-    dilation = list(attribute(use.node, "dilations", [1] * spatial))
-    pads = list(attribute(use.node, "pads", [0] * 2 * spatial))
-    auto = attribute(use.node, "auto_pad", "NOTSET")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        for axis, side in enumerate(sides[-spatial:]):
-            reach = dilation[axis] * (kernel[axis] - 1) + 1
-            total = max(0, (-(-side // stride[axis]) - 1) * stride[axis] + reach - side)
-            small, large = total // 2, total - total // 2
-            pads[axis], pads[axis + spatial] = (small, large) if auto == "SAME_UPPER" else (large, small)
-    if spatial == 1:
-        return [1, *kernel], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
-    return kernel, stride, dilation, pads
-
-
-def conv_positions(use: Use, sides: tuple[int, ...]) -> int:
-    """Output positions of a convolution of one image with these sides."""
-    kernel, stride, dilation, pads = conv_numbers(use, sides)
-    sides = (1, *sides) if len(sides) == 1 else sides
-    half, total = len(pads) // 2, 1
-    for axis, side in enumerate(sides):
-        reach = dilation[axis] * (kernel[axis] - 1) + 1
-        total *= max(0, (side + pads[axis] + pads[axis + half] - reach) // stride[axis] + 1)
-    return total
 
 
 def _tell(name: str, value: Tensor, listeners: list[Callable[[Tensor], None]], batch: int) -> None:

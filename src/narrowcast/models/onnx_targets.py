@@ -9,7 +9,6 @@ from narrowcast.core import PerBlock, PerChannel, PerGroup, PerTensor, PerToken,
 from narrowcast.models.base import Layer, Possible
 from narrowcast.models.onnx_layers import RECURRENT, Use
 
-_DYNAMIC = QuantSpec.parse("uint8/tensor")
 # Bits of the codes of MatMulNBits.
 BLOCK_BITS = (2, 4, 8)
 
@@ -64,10 +63,7 @@ def _with_input(layer: Layer, uses: list[Use], weight: QuantSpec, given: QuantSp
             weight, QuantSpec.parse("uint8/token"),
             fallback="it is inside a subgraph, whose values cannot be watched; its range is found at run time",
         )  # fmt: skip
-    reason = (
-        "" if isinstance(given.granularity, PerTensor) else "one range for all channels of the input, as ONNX has it"
-    )
-    return Possible(weight, _DYNAMIC, reason)
+    return Possible(weight, given)
 
 
 def _recurrent(layer: Layer, weight: QuantSpec, given: QuantSpec) -> Possible:

@@ -53,6 +53,11 @@ class ChannelRange:
             kept, new = self._hits[side] * (self._bounds[side] == merged), hits[side] * (bounds[side] == merged)
             self._bounds[side], self._hits[side] = merged, kept + new
 
+    @property
+    def seen(self) -> bool:
+        """Whether any value was observed."""
+        return bool(self._bounds)
+
     def result(self) -> tuple[Tensor, Tensor]:
         """(low, high), each [channels] float32.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -19,6 +20,7 @@ from narrowcast.models.onnx_twin import Twin
 from narrowcast.observers import Observer
 from narrowcast.pipeline.calibrate import calibrate
 from narrowcast.pipeline.onnx_on_twin import checked_twin, plan_on_twin, readable_errors, why_no_gradient, with_paths
+from narrowcast.pipeline.onnx_ranges import ChannelRanges
 from narrowcast.pipeline.sequential import solve_in_blocks, wants_blocks
 from narrowcast.pipeline.shared_ranges import Origin, SharedRanges
 from narrowcast.pipeline.solve import Job, speaker
@@ -83,8 +85,9 @@ def twin_for_solving(adapter: OnnxModel, plan: Plan, data: Any, probe: Any) -> t
 
 
 def solve_on_twin(
-    adapter: OnnxModel, twin: Twin, plan: Plan, data: Any, observers: dict[str, Observer], *, progress: bool
-) -> OnTwin:
+    adapter: OnnxModel, twin: Twin, plan: Plan, data: Any, observers: dict[str, Observer], by_channel: ChannelRanges,
+    *, progress: bool,
+) -> OnTwin:  # fmt: skip
     """Solve the weights that a twin of the graph has, block after block.
 
     Args:
@@ -93,6 +96,7 @@ def solve_on_twin(
         plan: of the same adapter.
         data: calibration data, read once more.
         observers: of static ranges, by the name of the value; they have seen all data.
+        by_channel: the ranges per channel that were chosen.
         progress: whether to show it.
 
     Raises:
@@ -103,10 +107,13 @@ def solve_on_twin(
     with readable_errors(twin):
         with recorded(work.model, data) as recording:
             calibration = calibrate(work, rows, data)
-        sources = {path: adapter.placement.source(str(twin.made[path].input.name)) for path in calibration.ranges}
-        for path, source in sources.items():
-            calibration.ranges[path] = copy.deepcopy(observers[source])
-        job = Job(work, rows, calibration, _shared(work, sources))
+        static = [*calibration.ranges, *calibration.channel_ranges]
+        sources = {path: adapter.placement.source(str(twin.made[path].input.name)) for path in static}
+        for path in calibration.ranges:
+            calibration.ranges[path] = copy.deepcopy(observers[sources[path]])
+        shared = _shared(work, sources)
+        _decide(shared, adapter, twin, by_channel, calibration.channel_ranges)
+        job = Job(work, rows, calibration, shared)
         _, notes = solve_in_blocks(job, recording, journal=None, progress=progress)
     done.notes += [twin.readable(note) for note in notes]
     for row in rows.layers:
@@ -134,6 +141,18 @@ def _shared(work: TorchModel, sources: dict[str, str]) -> SharedRanges:
         width = channels // work.kernel_elements(site) * work.input_groups(site)
         shared.origins[path] = [[Origin(source, width)]]
     return shared
+
+
+def _decide(
+    shared: SharedRanges, adapter: OnnxModel, twin: Twin, by_channel: ChannelRanges, paths: Iterable[str]
+) -> None:
+    """Inputs with a range per channel get those that were chosen for their value."""
+    for path in paths:
+        name = str(twin.made[path].input.name)
+        found = by_channel.activation(adapter, str(twin.made[path].consumed[0].name))
+        assert found is not None and found[0].scale is not None and found[0].zero_point is not None
+        number = found[0].spec.format.name if found[0].spec is not None else ""
+        shared.chosen[adapter.placement.source(name), number] = found[0].scale, found[0].zero_point
 
 
 def _turned(solved: SolvedWeight, use: Use | None) -> SolvedWeight | None:
@@ -166,6 +185,6 @@ def _take(done: OnTwin, job: Job, row: LayerPlan, twin: Twin, sources: dict[str,
             bias: Any = built.module.bias
             done.biases[str(twin.made[site.path].consumed[0].name)] = bias.detach()
         activation = built.treatment[0]
-        if activation.mode == "static" and site.path in sources:
+        if activation.mode == "static" and site.path in sources and activation.ratio() is None:
             assert activation.scale is not None and activation.zero_point is not None
             done.ranges.setdefault(sources[site.path], (float(activation.scale[0]), int(activation.zero_point[0])))

@@ -28,6 +28,7 @@ from narrowcast.pipeline.judge import Verdict, judge_calls
 from narrowcast.pipeline.onnx_check import check_conversion
 from narrowcast.pipeline.onnx_in_order import OnTwin, solve_on_twin, twin_for_solving
 from narrowcast.pipeline.onnx_outcome import outcomes
+from narrowcast.pipeline.onnx_ranges import ChannelRanges, settle_ranges, static_sites, watch_channels
 from narrowcast.pipeline.onnx_statistics import Statistics
 from narrowcast.pipeline.onnx_transform import transform_onnx
 from narrowcast.pipeline.result import Quantized, totals_of
@@ -36,7 +37,7 @@ from narrowcast.planning import LayerPlan, Plan, make_plan
 from narrowcast.progress import progress_steps
 from narrowcast.recipe import Recipe, load_recipe
 from narrowcast.report import Report
-from narrowcast.transforms import analytic_correction
+from narrowcast.transforms import analytic_correction, fold_input_scales
 
 _STATIC = QuantSpec.parse("uint8/tensor")
 # Below this many positions the mean of an input says more of the sample than of the layer.
@@ -77,16 +78,11 @@ class _Job:
     inputs: dict[str, str] = field(default_factory=dict)
     corrected: set[str] = field(default_factory=set)
     on_twin: OnTwin = field(default_factory=OnTwin)
+    by_channel: ChannelRanges = field(default_factory=ChannelRanges)
 
     def static_paths(self) -> list[str]:
         """Nodes whose input gets a static range."""
-        return [site.path for row in self.plan.layers if is_static(row) for site in row.layer.sites
-                if self.adapter.takes_activation(site)]  # fmt: skip
-
-
-def is_static(row: LayerPlan) -> bool:
-    """Whether a weight multiplies an input with a static range."""
-    return row.weight is not None and row.input is not None and bool(row.input.observer)
+        return [site.path for row in self.plan.layers for site in static_sites(self.adapter, row)]
 
 
 def open_onnx(model: Any, recipe: Recipe) -> OnnxModel:
@@ -145,7 +141,7 @@ def quantize_onnx(
     twin, why = twin_for_solving(adapter, job.plan, data, probe)
     _observe(job, batches, () if twin is None else twin.paths, resume, progress=progress)
     if twin is not None:
-        job.on_twin = solve_on_twin(adapter, twin, job.plan, data, job.values, progress=progress)
+        job.on_twin = solve_on_twin(adapter, twin, job.plan, data, job.values, job.by_channel, progress=progress)
     job.on_twin.notes += why
     _solve(job, progress=progress)
     adapter.finish()
@@ -213,7 +209,7 @@ def _observe(
             path = site.path
             calibration.magnitudes[path], job.means[path] = ChannelMagnitude(), ChannelMean()
             watchers[path] = [thinned(calibration.magnitudes[path].update), job.means[path].update]
-            if is_static(row) and row.input is not None:
+            if static_sites(adapter, row):
                 _ask(job, texts, adapter.input_value(path), row)
             if "hessian" in needs_of(row) and path not in solved_later and adapter.shows_rows(path):
                 squares[path] = _watch_rows(adapter, path, values)
@@ -223,6 +219,7 @@ def _observe(
         text = job.observers[name] = asked.get(name) or next(iter(texts.values()))
         observer = job.values[name] = make_observer(text)
         values.setdefault(name, []).append(observer.update)
+    job.by_channel = watch_channels(adapter, job.plan, values)
     items = _learners(job, squares)
     statistics = None if resume is None else Statistics(resume, hash_of(adapter.graph), items)
     with progress_steps("calibrating", 1, enabled=progress) as step:
@@ -235,6 +232,8 @@ def _observe(
             calibration.evidence[path] = Evidence(hessian.samples, hessian.result())
     for path in job.static_paths():
         calibration.ranges[path] = job.values[adapter.placement.source(adapter.input_value(path))]
+    job.plan, note = settle_ranges(adapter, job.plan, calibration, job.by_channel)
+    adapter.notes += [note] if note else []
 
 
 def _ask(job: _Job, texts: dict[str, str], name: str, row: LayerPlan) -> None:
@@ -254,6 +253,7 @@ def _learners(job: _Job, hessians: Mapping[str, GroupedHessian]) -> dict[str, An
         "magnitude": job.calibration.magnitudes,
         "mean": job.means,
         "hessian": hessians,
+        "channels": job.by_channel.observed,
     }
     items = {f"{kind} {path}": item for kind, found in named.items() for path, item in found.items()}
     for name, item in job.values.items():  # by their own names: a later run may ask for one of them alone
@@ -278,11 +278,13 @@ def _solve(job: _Job, *, progress: bool) -> None:
     adapter = job.adapter
     rows = [row for row in job.plan.layers if row.weight is not None]
     ranges = {name: _scale_and_zero(observer.range()) for name, observer in job.values.items()} | job.on_twin.ranges
+    ranges |= job.by_channel.units.ranges
     with progress_steps("quantizing", len(rows), enabled=progress) as step:
         for row in rows:
             consumers = [site for site in row.layer.sites if adapter.takes_activation(site)]
             speaker = (consumers or list(row.layer.sites))[0].path
-            (activation, text), *_ = activations_of(adapter, row, speaker, job.calibration)
+            found = job.by_channel.activation(adapter, speaker) if static_sites(adapter, row) else None
+            (activation, text), *_ = [found] if found else activations_of(adapter, row, speaker, job.calibration)
             job.inputs[row.layer.name] = job.on_twin.inputs.get(row.layer.name, text)
             solved = job.on_twin.solved.get(row.layer.name) or _solve_alone(job, row, activation)
             job.solved[row.layer.name] = solved
@@ -290,7 +292,7 @@ def _solve(job: _Job, *, progress: bool) -> None:
                 _write(job, row, site.path, solved, activation if site in consumers else Activation(), ranges)
             job.solved[row.layer.name] = replace(solved, record=_without_values(solved.record))  # it is written
             step(row.layer.name)
-    adapter.put_ranges(job.static_paths(), ranges)
+    adapter.put_ranges(job.static_paths(), ranges, job.by_channel.needless_clips())
 
 
 def _solve_alone(job: _Job, row: LayerPlan, activation: Activation) -> SolvedWeight:
@@ -318,19 +320,25 @@ def _write(
     ranges: Mapping[str, tuple[float, int]],
 ) -> None:  # fmt: skip
     adapter = job.adapter
-    if path in job.calibration.ranges:
+    ratio, static = activation.ratio(), path in job.calibration.ranges
+    if static:
         scale, zero = ranges[adapter.placement.source(adapter.input_value(path))]
         activation = Activation(_STATIC, torch.tensor([scale]), torch.tensor([zero], dtype=torch.uint8))
     solved = replace(solved, record=adapter.fitting(path, solved.record, activation))
-    bias = _corrected_bias(job, row, path, solved)
+    bias = _corrected_bias(job, row, path, solved, ratio)
     if bias is not None:
         job.corrected.add(row.layer.name)
-    written = adapter.build(path, {path: solved.record}, activation)
-    adapter.install(path, Written(written.record, written.activation, bias))
+    record = solved.record
+    if static:
+        record, bias = job.by_channel.divided(adapter, path, record, adapter.bias(path) if bias is None else bias)
+    adapter.install(path, Written(record, activation, bias))
 
 
-def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) -> Tensor | None:
-    """The node's bias with the mean error of the weight taken out; None where there is none or it is not known."""
+def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight, ratio: Tensor | None) -> Tensor | None:
+    """The node's bias with the mean error of the weight taken out; None where there is none or it is not known.
+
+    The stored weight has taken in the ratio of its inputs' scales, [channels]; None for 1.
+    """
     if path in job.on_twin.biases or row.layer.name in job.on_twin.solved:
         return job.on_twin.biases.get(path)
     adapter, mean = job.adapter, job.means.get(path)
@@ -341,8 +349,10 @@ def _corrected_bias(job: _Job, row: LayerPlan, path: str, solved: SolvedWeight) 
         had = torch.zeros(row.layer.shape[0])  # a convolution may get one, as in torch
     if channels is None or had is None or not job.plan.recipe.correct_bias:
         return None
-    stored = solved.record.dequantize()
-    return had + analytic_correction(adapter.weight(row.layer), stored, channels, adapter.input_groups(site))
+    stored, weight, groups = solved.record.dequantize(), adapter.weight(row.layer), adapter.input_groups(site)
+    if ratio is not None:
+        weight, channels = fold_input_scales(weight, ratio, groups), channels / ratio
+    return had + analytic_correction(weight, stored, channels, groups)
 
 
 def _without_values(record: QuantizedTensor) -> QuantizedTensor:
