@@ -60,7 +60,8 @@ def network(*, tail: tuple[Any, ...] = (), reads: str = "sum") -> Any:
         node("Gemm", "flat", "y", layer="head", transB=1),
     ]
     constants = [
-        *convolution("stem", 16, 3, 3, 1), *convolution("depthwise", 16, 1, 3, 3), *convolution("project", 12, 16, 1, 5),
+        *convolution("stem", 16, 3, 3, 1), *convolution("depthwise", 16, 1, 3, 3),
+        *convolution("project", 12, 16, 1, 5),
         *convolution("inner", 16, 12, 1, 7), *convolution("back", 12, 16, 1, 9), *convolution("branch_1", 8, 12, 1, 11),
         *convolution("branch_2", 8, 12, 3, 13), graphs.constant(graphs.normal(5, 16, seed=15), "head.weight"),
         graphs.constant(graphs.normal(5, seed=16), "head.bias"), graphs.constant(np.float32(0), "zero"),

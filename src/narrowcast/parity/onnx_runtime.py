@@ -40,6 +40,7 @@ class OnnxRuntime(Runtime):
         self.name, self.model = name, model
         self.kernels = f"ONNX Runtime {importlib.import_module('onnxruntime').__version__}"
         self._room = importlib.import_module("narrowcast.models.onnx_parts")
+        self._excerpts = importlib.import_module("narrowcast.models.onnx_excerpts")
         self._sessions = importlib.import_module("narrowcast.models.onnx_session")
         self._noted = self._room.notes_of(model.graph, self._room.LAYERS)
         self._found = self._room.find_parts(model.graph)
@@ -119,7 +120,7 @@ class OnnxRuntime(Runtime):
                 names.setdefault(value, None)
         key = tuple(names)
         if self._seen is None or self._seen[0] != key:
-            graph = self._room.showing(self.model.graph, names)
+            graph = self._excerpts.showing(self.model.graph, names)
             self._seen = key, self._sessions.OnnxModule(graph, self.name)
         shown = self._seen[1]
         got = shown.answer(*args, **kwargs)
@@ -148,7 +149,7 @@ class OnnxRuntime(Runtime):
         ranks = tuple(value.dim() for value in (x, *beside))
         key = (unit.name, self._shown(part, unit), ranks)
         if key not in self._alone:
-            graph = self._room.cut(self.model.graph, part, self._shown(part, unit), ranks)
+            graph = self._excerpts.cut(self.model.graph, part, self._shown(part, unit), ranks)
             self._alone[key] = self._sessions.OnnxModule(graph, f"{unit.name} of {self.name}")
         return self._output(part, unit, self._alone[key].answer(x, *beside))
 
