@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from narrowcast.models.onnx_parts import Part, Ranges
+from narrowcast.models.onnx_parts import Part, Ranges, all_values
 
 
 def cut(model: ir.Model, part: Part, shown: str, ranks: Sequence[int]) -> ir.Model:
@@ -62,11 +62,4 @@ def _typed(value: ir.Value, codes: Ranges | None) -> ir.Value:
 
 
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:
-    return {str(value.name): value for value in _all_values(graph)}
-
-
-def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
+    return {str(value.name): value for value in all_values(graph)}

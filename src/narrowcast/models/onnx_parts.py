@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +121,7 @@ def notes_of(model: ir.Model, name: str) -> dict[str, Any]:
 
 def find_parts(model: ir.Model) -> list[Part]:
     """The layers of the main graph, in its order; one weight with several uses gives several, marked by strokes."""
-    names = {str(value.name) for value in _all_values(model.graph)}
+    names = {str(value.name) for value in all_values(model.graph)}
     reader = _Reader(notes_of(model, LAYERS), notes_of(model, RANGES), notes_of(model, TOKENS), names)
     parts: list[Part] = []
     taken: set[str] = set()
@@ -344,3 +345,11 @@ def stored_codes(model: ir.Model, part: Part) -> Array | None:
     if part.op not in ("Gemm", "MatMul", "MatMulInteger") or array.ndim != 2:
         return None
     return array if part.across else np.ascontiguousarray(array.T)
+
+
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Inputs, constants and what nodes give, those of subgraphs left out."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
