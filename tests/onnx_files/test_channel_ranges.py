@@ -138,7 +138,7 @@ def test_a_layer_that_asks_for_one_range_gets_it_and_ties_the_value() -> None:
     rules = [{"weight": "int8/channel", "input": ONE, "layers": "inner*"}, *recipe(CHANNELS)["rule"]]
     rows = inputs_of(quantized({"rule": rules}))
     assert rows["inner"].input.startswith("uint8/tensor") and rows["inner"].reason == ""
-    assert "inner.weight is to have one range" in rows["branch_1"].reason  # reads a sum with the value of `inner`
+    assert "inner is to have one range" in rows["branch_1"].reason  # reads a sum with the value of `inner`
 
 
 @pytest.mark.parametrize("method", ["gptq", "adaround"])

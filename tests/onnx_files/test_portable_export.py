@@ -108,13 +108,14 @@ def test_uint8_changes_no_number(exported: Any, tmp_path: Path) -> None:
     assert torch.equal(answers(tmp_path / "plain.onnx", images(2, 9)), answers(exported[2], images(2, 9)))
 
 
-def test_dynamic_products_keep_their_codes_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("by_token", "kernel"), [(True, "MatMulIntegerToFloat"), (False, "DynamicQuantizeMatMul")])
+def test_dynamic_products_keep_their_codes_too(tmp_path: Path, by_token: bool, kernel: str) -> None:
     result = nc.quantize(build(), PORTABLE["dynamic-int8"], progress=False)
-    written = nc.export.onnx(result, tmp_path / "portable.onnx", [images(1)])
+    written = nc.export.onnx(result, tmp_path / "portable.onnx", [images(1)], token_ranges=by_token)
     everywhere = (*AT_RISK, GIVES_FLOATS, DEPTHWISE)  # ConvInteger has uint8 always
     assert_portable(tmp_path / "portable.onnx", result.model, unsigned=everywhere)
     kernels = {row.layer: row.kernel for row in written.layers}
-    assert kernels["7"] == "DynamicQuantizeMatMul" and kernels["0"] == "ConvInteger"
+    assert kernels["7"] == kernel and kernels["0"] == "ConvInteger"
 
 
 def test_modules_their_copies_and_checkpoints_know_whether_they_are_portable(exported: Any, tmp_path: Path) -> None:
