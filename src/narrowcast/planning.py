@@ -197,7 +197,7 @@ def _with_method(adapter: ModelAdapter, row: LayerPlan, has_data: bool) -> Layer
     if row.weight is None or row.method:
         return row
     multiplied = any(adapter.takes_activation(site) for site in row.layer.sites)
-    method = default_method(row.layer, row.weight, row.input, multiplied=multiplied, has_data=has_data)
+    method = default_method(row.layer, row.weight, multiplied=multiplied, has_data=has_data)
     return replace(row, method=method, chosen=True)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import narrowcast as nc
 from narrowcast.core import QuantSpec
 from narrowcast.models import TorchModel
-from narrowcast.recipe import InputRule, Recipe, Rule, default_method
+from narrowcast.recipe import Recipe, Rule, default_method
 
 LAYER = TorchModel(nn.Sequential(nn.Linear(64, 8))).layers()[0]
 
@@ -44,16 +44,6 @@ def test_convolutions_and_recurrent_layers_are_compensated_for_at_any_few_bits()
             for text, method in (("int2/channel", "gptq"), ("int5/channel", "gptq"), ("int8/channel", "rtn")):
                 chosen = default_method(layer, QuantSpec.parse(text), multiplied=True, has_data=True)
                 assert next(iter(chosen)) == method
-
-
-@pytest.mark.parametrize(
-    ("text", "method"),
-    [("uint4/tensor static:mse", "autoround"), ("uint8/tensor static:mse", "gptq"), ("int8/token", "gptq")],
-)
-def test_where_static_inputs_have_few_levels_their_ranges_are_learned_with_the_weights(text: str, method: str) -> None:
-    given, spec = InputRule.parse(text), QuantSpec.parse("int4/channel")
-    layer = TorchModel(nn.Sequential(nn.Conv2d(8, 8, 3))).layers()[0]
-    assert next(iter(default_method(layer, spec, given, multiplied=True, has_data=True))) == method
 
 
 def test_without_data_or_products_the_default_rounds_to_nearest() -> None:

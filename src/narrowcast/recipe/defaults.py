@@ -6,7 +6,6 @@ from typing import Any
 
 from narrowcast.core import QuantSpec
 from narrowcast.models import Layer
-from narrowcast.recipe.rules import InputRule
 
 # At most so many bits a rounding error is large enough that compensating for it is worth the minutes it takes; above,
 # solvers that see inputs are within the noise of rounding to nearest on every model of the accuracy table.
@@ -17,21 +16,14 @@ LEARNED_BITS = 2
 # Blocks of convolutions have too few of them for that view to be worth more than compensating: on the four networks of
 # the accuracy table it keeps less at every number of bits. Recurrent layers are not solved as part of a block.
 COMPENSATED = ("Conv1d", "Conv2d", "ConvTranspose2d", "LSTM", "GRU")
-# With inputs of at most so many bits and a range from calibration the ranges cost more than the weights do, and
-# learning moves both.
-LEARNED_INPUT_BITS = 4
-RECURRENT = ("LSTM", "GRU")
 
 
-def default_method(
-    layer: Layer, spec: QuantSpec, given: InputRule | None = None, *, multiplied: bool, has_data: bool
-) -> dict[str, dict[str, Any]]:
+def default_method(layer: Layer, spec: QuantSpec, *, multiplied: bool, has_data: bool) -> dict[str, dict[str, Any]]:
     """The solver that a weight gets where its rule names none.
 
     Args:
         layer: the weight.
         spec: its format.
-        given: the format of its input; None where that stays float.
         multiplied: whether inputs multiply it; embeddings are looked up.
         has_data: whether there is calibration data.
 
@@ -40,9 +32,7 @@ def default_method(
     """
     if not has_data or not multiplied or spec.format.is_cast or spec.format.bits > SOLVED_BITS:
         return {"rtn": {}}
-    few_levels = given is not None and bool(given.observer) and given.spec.format.bits <= LEARNED_INPUT_BITS
-    learned = spec.format.bits <= LEARNED_BITS and layer.type not in COMPENSATED
-    learned |= few_levels and layer.type not in RECURRENT
-    if learned and not spec.format.learned:  # no gradient moves learned levels
+    # no gradient moves learned levels
+    if spec.format.bits <= LEARNED_BITS and not spec.format.learned and layer.type not in COMPENSATED:
         return {"autoround": {}}
     return {"gptq": {}}
