@@ -66,7 +66,7 @@ class Watcher:
     """
 
     def __init__(self, job: Job, path: str, wanted: frozenset[str], calls: int) -> None:
-        self.adapter, self.path, self.wanted, self.calls = job.adapter, path, wanted, calls
+        self.adapter, self.path, self.wanted = job.adapter, path, wanted
         self.ranges = job.calibration.channel_ranges.get(path) or job.calibration.ranges.get(path)
         sites = [s for row in job.units()[path] for s in row.layer.sites if s.path == path]
         self.grouped = job.adapter.input_groups(sites[0]) > 1
